@@ -1,0 +1,38 @@
+# The verbs of the project. Every one of them sets up what it needs in .venv first.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: run test lint clean bench sanitize build
+
+run: build
+	$(PY) -m fusedmm run
+
+test: lint
+	$(PY) -m pytest -q -m "not gpu"
+
+lint: build
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+
+build: $(STAMP)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first: setup.py builds the extension against it.
+$(VENV)/.deps: pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install -q --upgrade "setuptools>=77" wheel
+	$(PY) -m pip install -q "torch>=2.9" numpy ninja pybind11
+	touch $@
+
+$(STAMP): $(VENV)/.deps setup.py $(shell git ls-files csrc 2>/dev/null)
+	$(PY) -m pip install -q --no-build-isolation -e ".[train,test,lint]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks fusedmm/_build_info.py
+	find . -name '*.so' -not -path './$(VENV)/*' -delete
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
