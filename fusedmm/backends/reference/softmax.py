@@ -1,7 +1,7 @@
 """Pieces that the reference attentions share: scores' softmax with the -inf rule, and dropout.
 
-Philox4x32-10 (Salmon et al., SC 2011): word n % 4 of counter (n // 4, m, b * H + h, direction) under
-the 64-bit seed decides element [b, h, m, n]; kernels draw the same bits.
+Philox4x32-10 (Salmon et al., SC 2011): word n % 4 of counter (n // 4, m, b * H + h, direction)
+under the 64-bit seed decides element [b, h, m, n]; kernels draw the same bits.
 """
 
 import torch
