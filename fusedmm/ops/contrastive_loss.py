@@ -111,18 +111,22 @@ def _fwd(
     want_y: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs.check_positives(positives, y.shape[1])
     stats_x, stats_y = backends.load(backend, "contrastive_loss").fwd(
         x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
     )
+    stats_x, stats_y = stats_x.double(), stats_y.double()
     loss_x = pairs.row_loss(stats_x, label_smoothing) if want_x else torch.zeros_like(stats_x[0])
     loss_y = pairs.row_loss(stats_y, label_smoothing) if want_y else torch.zeros_like(stats_y[0])
-    return loss_x, loss_y, stats_x, stats_y
+    return loss_x.to(logit_scale.dtype), loss_y.to(logit_scale.dtype), stats_x, stats_y
 
 
 @_fwd.register_fake
 def _(x, y, logit_scale, *rest):
     G, M, N = x.shape[0], x.shape[1], y.shape[1]
-    return tuple(logit_scale.new_empty(s) for s in ((G, M), (G, N), (6, G, M), (6, G, N)))
+    losses = (logit_scale.new_empty(s) for s in ((G, M), (G, N)))
+    stats = (logit_scale.new_empty(s, dtype=torch.float64) for s in ((6, G, M), (6, G, N)))
+    return *losses, *stats
 
 
 @torch.library.custom_op("fusedmm::contrastive_loss_bwd", mutates_args=())
