@@ -116,13 +116,15 @@ def _fwd(
     )
     loss_x = pairs.row_loss(stats_x, label_smoothing) if want_x else torch.zeros_like(stats_x[0])
     loss_y = pairs.row_loss(stats_y, label_smoothing) if want_y else torch.zeros_like(stats_y[0])
-    return loss_x, loss_y, stats_x, stats_y
+    return loss_x.to(logit_scale.dtype), loss_y.to(logit_scale.dtype), stats_x, stats_y
 
 
 @_fwd.register_fake
 def _(x, y, logit_scale, *rest):
     G, M, N = x.shape[0], x.shape[1], y.shape[1]
-    return tuple(logit_scale.new_empty(s) for s in ((G, M), (G, N), (6, G, M), (6, G, N)))
+    losses = (logit_scale.new_empty((G, M)), logit_scale.new_empty((G, N)))
+    stats = (x.new_empty((6, G, n), dtype=torch.float64) for n in (M, N))
+    return (*losses, *stats)
 
 
 @torch.library.custom_op("fusedmm::contrastive_loss_bwd", mutates_args=())

@@ -51,7 +51,7 @@ def matches(
 def fwd(
     x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
 ) -> tuple[Tensor, Tensor]:
-    """stats_x [6, G, M], stats_y [6, G, N]: lse of negatives, lse / sum / count of positives, sum /
+    """stats_x [6, G, M], stats_y [6, G, N] fp64: lse of negatives, lse / sum / count of positives, sum /
     count of all. logit_scale is [G, M] or [1]; zeros where not wanted."""
     s = (
         logit_scale.view(-1, logit_scale.shape[-1], 1)
@@ -67,7 +67,8 @@ def _stats(s: Tensor, pos: Tensor, out: Tensor) -> Tensor:
     lse_pos = s.masked_fill(~pos, NEG_INF).logsumexp(-1)
     sum_pos = s.masked_fill(~pos, 0.0).sum(-1)
     total = s.masked_fill(out, 0.0).sum(-1)
-    return torch.stack([neg, lse_pos, sum_pos, pos.sum(-1).to(s), total, (~out).sum(-1).to(s)])
+    columns = (neg, lse_pos, sum_pos, pos.sum(-1), total, (~out).sum(-1))
+    return torch.stack([c.double() for c in columns])
 
 
 @full_precision
@@ -76,7 +77,7 @@ def bwd(
 ) -> list[Tensor]:
     """Gradients of (x, y, logit_scale [G, M]) where `needs`.
 
-    coef [5, G, rows]: lse, weight w, target t, uniform u, and g for single positives (else 2):
+    coef [5, G, rows] fp64: lse, weight w, target t, uniform u, and g for single positives (else 2):
     ds = w * (p - u) on negatives and w * ((p - t or g) - u) on positives, per direction.
     """
     xh, inv_x = unit(x, normalize)
@@ -97,4 +98,4 @@ def _ds(s: Tensor, pos: Tensor, out: Tensor, coef: Tensor) -> Tensor:
     p = torch.exp(s - torch.where(lse == NEG_INF, 0.0, lse))
     at_pos = torch.where(g <= 1.0, g, p - t)
     ds = w * (torch.where(pos, at_pos, p) - u)
-    return torch.where(out | (w == 0.0), 0.0, ds)
+    return torch.where(out | (w == 0.0), 0.0, ds).to(s.dtype)
