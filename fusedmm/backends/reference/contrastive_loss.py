@@ -26,6 +26,11 @@ def unit(t: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     return t * inv, inv
 
 
+def dots(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
+    """<x_m, y_n> [G, M, N]; scaled afterwards, so that forward and backward get the same bits."""
+    return unit(x, normalize)[0] @ unit(y, normalize)[0].mT
+
+
 def unit_bwd(dt: Tensor, t: Tensor, inv: Tensor | None) -> Tensor:
     """Gradient through `unit`: dt projected off t, over the norm."""
     return dt if inv is None else inv * (dt - t * (t * dt).sum(-1, keepdim=True))
@@ -53,11 +58,7 @@ def fwd(
 ) -> tuple[Tensor, Tensor]:
     """stats_x [6, G, M], stats_y [6, G, N] fp64: lse of negatives, lse / sum / count of positives, sum /
     count of all. logit_scale is [G, M] or [1]; zeros where not wanted."""
-    s = (
-        logit_scale.view(-1, logit_scale.shape[-1], 1)
-        * unit(x, normalize)[0]
-        @ unit(y, normalize)[0].mT
-    )
+    s = logit_scale.view(-1, logit_scale.shape[-1], 1) * dots(x, y, normalize)
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
     return _stats(s, pos, out), _stats(s.mT, pos.mT, out.mT)
 
@@ -83,13 +84,13 @@ def bwd(
     xh, inv_x = unit(x, normalize)
     yh, inv_y = unit(y, normalize)
     scale = logit_scale.view(-1, logit_scale.shape[-1], 1)  # [G, M, 1] or [1, 1, 1]
-    dots = xh @ yh.mT
-    s = scale * dots
+    products = xh @ yh.mT
+    s = scale * products
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
     ds = _ds(s, pos, out, coef_x) + _ds(s.mT, pos.mT, out.mT, coef_y).mT
     dx = unit_bwd(scale * (ds @ yh), xh, inv_x)
     dy = unit_bwd((scale * ds).mT @ xh, yh, inv_y)
-    grads = (dx.to(x.dtype), dy.to(y.dtype), (ds * dots).sum(-1))
+    grads = (dx.to(x.dtype), dy.to(y.dtype), (ds * products).sum(-1))
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
