@@ -303,7 +303,7 @@ static void mem_ranges(std::vector<vsim_range>& out) {
   Lock l(g_mu);
   out.reserve(g_mem.size() + g_blocks.size());
   auto put = [&](const Range& r, const char* n) {
-    out.push_back({r.base, r.size, r.id, 0, n, hp(r.base)});
+    out.push_back({r.base, r.size, hp(r.base), nullptr, n, r.readonly});
   };
   auto m = g_mem.begin();
   auto b = g_track ? g_blocks.begin() : g_blocks.end();
@@ -389,37 +389,18 @@ EXPORT void vgpu_block(int action, u64 addr, size_t size) {
 
 // ------------------------------------------------------------------ simulator
 static const vsim_api* g_sim = nullptr;
-static std::string g_libdir;
-static std::string libdir() {
-  if (g_libdir.empty()) {
-    Dl_info i;
-    if (dladdr((void*)&libdir, &i) && i.dli_fname) {
-      std::string p = i.dli_fname;
-      char* rp = realpath(p.c_str(), nullptr);
-      if (rp) {
-        p = rp;
-        free(rp);
-      }
-      g_libdir = p.substr(0, p.rfind('/'));
-    }
-  }
-  return g_libdir;
-}
 static const vsim_api* sim() {
   if (g_sim) return g_sim;
-  std::string p = env("VGPU_SIM", "");
-  if (p.empty()) p = libdir() + "/libvgpu_sim.so";
+  std::string p = env("VGPU_LIB") + std::string("/libvgpu_sim.so");
   void* h = dlopen(p.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!h) {
+  vsim_get_fn get = h ? (vsim_get_fn)dlsym(h, "vsim_get") : nullptr;
+  if (!get) {
     note("cannot load the simulator: %s", dlerror());
     return nullptr;
   }
-  vsim_entry_fn f = (vsim_entry_fn)dlsym(h, "vsim_get");
-  if (!f) {
-    note("%s has no vsim_get", p.c_str());
-    return nullptr;
-  }
-  return g_sim = f();
+  g_sim = get(VSIM_VERSION);
+  if (!g_sim) note("%s speaks another version of vsim.h", p.c_str());
+  return g_sim;
 }
 
 // ------------------------------------------------------------------ modules
@@ -629,16 +610,15 @@ void parse_ptx(Module* m) {
     pos++;
   }
 }
-struct PlaceCtx {
-  Module* m;
-};
-static uint64_t place(void* c, const char* name, uint64_t size, uint64_t, void** host) {
-  Module* m = ((PlaceCtx*)c)->m;
+static uint64_t place(void* ctx, const char* name, uint64_t size, uint64_t, int readonly,
+                      void** host) {
+  Module* m = (Module*)ctx;
   void* p = nullptr;
-  if (mem_alloc(std::max<uint64_t>(size, 1), MK_MODULE, &p, name)) return 0;
+  if (mem_alloc(size, MK_MODULE, &p, name)) return 0;
   *host = hp(p);
-  m->syms[name] = *mem_find((u64)p);
-  m->syms[name].size = size;
+  Range* r = mem_find((u64)p);
+  r->readonly = readonly;
+  m->syms[name] = *r;
   return (u64)p;
 }
 int module_prepare(Module* m) {
@@ -668,10 +648,9 @@ int module_prepare(Module* m) {
   if (!m->sim) {
     const vsim_api* s = sim();
     if (!s) return 999;
-    PlaceCtx c{m};
-    m->sim = s->load(m->ptx.c_str(), place, &c);
+    m->sim = s->load(m->ptx.c_str(), place, m);
     if (!m->sim) {
-      note("the simulator rejected the PTX of %s: %s", m->origin.c_str(), s->error());
+      note("the simulator rejected the PTX of %s: %s", m->origin.c_str(), s->fault()->text);
       return 218;
     }
   }
@@ -876,22 +855,12 @@ int occupancy(Kernel* k, int threads, size_t dyn) {
 }
 
 // ------------------------------------------------------------------ launches
+static bool g_resources = false, g_coverage = false;
 static auto& g_log = *new std::vector<std::string>;
 static u64 g_nlaunch = 0, g_log_base = 0;
-static int classify(const std::string& e) {
-  auto has = [&](const char* s) { return e.find(s) != std::string::npos; };
-  if (has("misaligned") || has("unaligned")) return 716;
-  if (has("out-of-bounds global") || has("out of bounds global") || has("read-only") ||
-      has("illegal address"))
-    return 700;
-  if (has("unsupported") || has("not supported") || has("cannot decode") ||
-      has("unknown instruction"))
-    return 218;
-  if (has("assert")) return 710;
-  if (has("time limit") || has("instruction limit") || has("max_insts")) return 702;
-  if (has("out-of-bounds")) return 700;
-  return 719;
-}
+// vsim_fault_kind -> CUDA error
+static const int kErrors[] = {0, 700, 716, 719, 719, 719, 719, 719, 719, 710, 702, 218, 719};
+static_assert(sizeof kErrors / sizeof *kErrors == VSIM_FAULT_KINDS);
 static std::string demangle(const std::string& n) {
   int st = 0;
   char* p = abi::__cxa_demangle(n.c_str(), 0, 0, &st);
@@ -1034,33 +1003,41 @@ int launch(Kernel* k, const LaunchArgs& L, void** args, const void* packed, size
     }
   std::vector<vsim_range> vr;
   mem_ranges(vr);
-  vsim_cfg c;
+  vsim_launch c;
   memset(&c, 0, sizeof c);
+  c.kernel = k->name.c_str();
   memcpy(c.grid, L.grid, 12);
   memcpy(c.block, L.block, 12);
   memcpy(c.cluster, cl, 12);
   c.smem = L.smem;
   static u64 seed0 = strtoull(env("VGPU_SEED", "0"), 0, 10);
   c.seed = seed0 * 1000003 + g_nlaunch;
-  std::string ck = env("VGPU_CHECKS", "all");
-  c.checks = ck == "none" ? 0 : (ck == "all" ? VSIM_RACE | VSIM_INIT : 0);
-  if (c.checks == 0 && ck != "none") {
-    if (ck.find("race") != std::string::npos) c.checks |= VSIM_RACE;
-    if (ck.find("init") != std::string::npos) c.checks |= VSIM_INIT;
-    if (ck.find("lanes") != std::string::npos) c.checks |= VSIM_LANES;
-    if (ck.find("all") != std::string::npos) c.checks |= VSIM_RACE | VSIM_INIT;
-  }
+  static u32 checks = [] {
+    std::string ck = std::string(",") + env("VGPU_CHECKS", "all") + ",";
+    auto has = [&](const char* w) { return ck.find(w) != std::string::npos; };
+    u32 c = has(",all,") ? VSIM_RACE | VSIM_INIT : 0;
+    return c | (has(",race,") * VSIM_RACE) | (has(",init,") * VSIM_INIT) |
+           (has(",lanes,") * VSIM_LANES);
+  }();
+  c.checks = checks;
   c.max_insts = strtoull(env("VGPU_MAX_INSTS", "5000000000"), 0, 10);
-  c.arch = A.sm;
-  c.num_sms = A.sms;
+  c.params = buf.data();
+  c.param_bytes = k->param_bytes;
+  std::vector<std::vector<u8>> maps(g_coverage ? vr.size() : 0);
+  for (size_t i = 0; i < maps.size(); i++) {
+    maps[i].resize(vr[i].size + 8);
+    vr[i].map = maps[i].data();
+  }
+  c.ranges = vr.data();
+  c.num_ranges = vr.size();
+  if (g_resources) kernel_resources(k);
   u64 seq = g_nlaunch++;
   double t0 = now_ms();
   if (getenv("VGPU_TRACE"))
     note("launch %llu %s grid (%u,%u,%u) block (%u,%u,%u) smem %zu", (unsigned long long)seq,
          demangle(k->name).c_str(), L.grid[0], L.grid[1], L.grid[2], L.block[0], L.block[1],
          L.block[2], L.smem);
-  const char* js =
-      S->launch(k->mod->sim, k->name.c_str(), &c, buf.data(), k->param_bytes, vr.data(), vr.size());
+  const char* js = S->launch(k->mod->sim, &c);
   double ms = now_ms() - t0;
   std::string head = strf(
       "{\"seq\":%llu,\"kernel\":\"%s\",\"mangled\":\"%s\",\"grid\":[%u,%u,%u],\"block\":[%u,%u,%u],"
@@ -1077,6 +1054,19 @@ int launch(Kernel* k, const LaunchArgs& L, void** args, const void* packed, size
     }
   };
   if (js) {
+    if (g_resources)
+      head += strf("\"spill\":%d,\"stack\":%d,\"ctas_per_sm\":%d,", k->spill, k->stack,
+                   occupancy(k, nt, L.smem));
+    if (g_coverage) {
+      u64 rd = 0, wr = 0;
+      for (auto& m : maps)
+        for (u8 b : m) {
+          rd += b & 1;
+          wr += b >> 1;
+        }
+      head += strf("\"unique_read_bytes\":%llu,\"unique_written_bytes\":%llu,",
+                   (unsigned long long)rd, (unsigned long long)wr);
+    }
     log(head + "\"ok\":true,\"counters\":" + js + "}");
     if (const char* p = strstr(js, "\"printf\":\"")) {
       p += 10;
@@ -1095,27 +1085,20 @@ int launch(Kernel* k, const LaunchArgs& L, void** args, const void* packed, size
     }
     return 0;
   }
-  std::string msg = S->error();
-  int code = classify(msg);
+  const vsim_fault& fault = *S->fault();
+  std::string msg = fault.text;
+  int code = kErrors[fault.kind];
   std::string rep = strf(
       "========= vgpu: CUDA error %d (%s) =========\n  kernel   %s\n  launch   #%llu grid "
       "(%u,%u,%u) block (%u,%u,%u) dynamic smem %zu\n  fault    %s",
       code, err_name(code), demangle(k->name).c_str(), (unsigned long long)seq, L.grid[0],
       L.grid[1], L.grid[2], L.block[0], L.block[1], L.block[2], L.smem, msg.c_str());
-  u64 fa = 0;
-  bool known = false;
-  size_t at = msg.find(" at 0x");
-  if (at == std::string::npos) {
-    at = msg.find("address 0x");
-    if (at != std::string::npos) at += 4;
-  }
-  if (at != std::string::npos) known = true, fa = strtoull(msg.c_str() + at + 4, 0, 16);
-  size_t lp = msg.find("line ");
-  if (lp != std::string::npos) {
-    std::string src = source_of(k->mod->ptx, atoi(msg.c_str() + lp + 5));
+  u64 fa = fault.address;
+  if (fault.line) {
+    std::string src = source_of(k->mod->ptx, fault.line);
     if (!src.empty()) rep += "\n  source   " + src;
   }
-  if (known && (code == 700 || code == 716)) {
+  if (fault.has_address) {
     rep += "\n  address  0x" + strf("%llx is ", (unsigned long long)fa) + mem_describe(fa);
     for (size_t i = 0; i < k->params.size(); i++)
       if (k->params[i].size == 8) {
@@ -1134,8 +1117,8 @@ int launch(Kernel* k, const LaunchArgs& L, void** args, const void* packed, size
       }
   }
   rep += "\n=========";
-  log(head + "\"ok\":false,\"error\":" + std::to_string(code) + ",\"message\":\"" + jesc(msg) +
-      "\",\"counters\":{}}");
+  log(head + "\"ok\":false,\"error\":" + std::to_string(code) + ",\"fault\":\"" + fault.name +
+      "\",\"message\":\"" + jesc(msg) + "\",\"counters\":{}}");
   if (code == 218) {
     note("%s", rep.c_str());
     return code;
@@ -1154,15 +1137,10 @@ using namespace vgpu;
 
 // ------------------------------------------------------------------ control ABI (Python)
 static thread_local std::string t_json;
-EXPORT const char* vgpu_launches() {
+EXPORT void vgpu_record(int resources, int coverage) {
   Lock l(g_mu);
-  t_json = "[";
-  for (size_t i = 0; i < g_log.size(); i++) {
-    if (i) t_json += ',';
-    t_json += g_log[i];
-  }
-  t_json += "]";
-  return t_json.c_str();
+  g_resources = resources;
+  g_coverage = coverage;
 }
 EXPORT const char* vgpu_launches_from(uint64_t seq) {
   Lock l(g_mu);
@@ -1196,10 +1174,6 @@ EXPORT const char* vgpu_report() {
 EXPORT const char* vgpu_describe(uint64_t a) {
   t_json = mem_describe(a);
   return t_json.c_str();
-}
-EXPORT const char* vgpu_sim_name() {
-  const vsim_api* s = sim();
-  return s ? s->name : "";
 }
 EXPORT size_t vgpu_mem_used() { return mem_used(); }
 EXPORT size_t vgpu_mem_peak() { return mem_peak(); }

@@ -1,5 +1,5 @@
 // vgpu core: device memory, modules, launches, sticky errors.  runtime.cpp and driver.cpp
-// are thin CUDA front ends over it; sim.h is the only door to the simulator.
+// are thin CUDA front ends over it; ../vsim.h is the only door to the simulator.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+struct vsim_module;
 namespace vgpu {
 typedef uint8_t u8;
 typedef uint32_t u32;
@@ -36,7 +37,7 @@ struct Range {
   size_t size = 0, mapped = 0;
   MemKind kind = MK_DEVICE;
   u64 id = 0;
-  bool pooled = false;
+  bool pooled = false, readonly = false;
   std::string name;
 };
 // Returns 0 or a CUDA error code.
@@ -71,7 +72,7 @@ struct Kernel {
 struct Module {
   std::string ptx, origin;
   int target = 0;
-  void* sim = nullptr;
+  vsim_module* sim = nullptr;
   std::map<std::string, std::unique_ptr<Kernel>> kernels;
   bool parsed = false;
   void* blob = nullptr;  // registered fatbin not yet looked at

@@ -1,6 +1,6 @@
 // Integer / float / half arithmetic, logic, compare, select, mov.
 #include "fp.h"
-namespace ptxsim {
+namespace vsim {
 #define HD(name)     \
   template <class T> \
   static void name(Exec&, Warp& w, const Inst& I, u32 m)
@@ -655,7 +655,7 @@ static void h_half(Exec&, Warp& w, const Inst& I, u32 m) {
         for (int i = 0; i < n; i++) fr[i] = tanhf(fa[i]);
         break;
       default:
-        fail("half op");
+        fail(Fault::Unsupported, "half op");
     }
     if (I.sat)
       for (int i = 0; i < n; i++) fr[i] = satf(fr[i]);
@@ -831,7 +831,7 @@ static u32 compare(Warp& w, const Inst& I, u32* hi) {
       return cmp_flt(I.op, p, q);
     }
     default:
-      fail("compare type");
+      fail(Fault::Unsupported, "compare type");
   }
 }
 static inline u32 boolop(int o, u32 a, u32 c) {
@@ -889,7 +889,7 @@ static void h_set(Exec&, Warp& w, const Inst& I, u32 m) {
         w.r<u32>(I.d)[lane] = (v ? 0x3f80 : 0) | (h ? 0x3f800000 : 0);
         break;
       default:
-        fail("set type");
+        fail(Fault::Unsupported, "set type");
     }
   }
   if ((I.t0 == F16X2 || I.t0 == BF16X2) && I.t1 == U32) LANES(m)
@@ -1728,4 +1728,4 @@ bool decode_alu(Dec& d) {
   }
   return false;
 }
-}  // namespace ptxsim
+}  // namespace vsim

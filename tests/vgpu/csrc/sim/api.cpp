@@ -1,91 +1,70 @@
-// Plain C ABI used by the Python package.
+// The C table of ../vsim.h over the simulator: modules, launches, counters as JSON, faults.
 #include <chrono>
 
+#include "../vsim.h"
 #include "core.h"
-using namespace ptxsim;
-struct PsHandle {
-  std::unique_ptr<Module> M;
-  Device* dev;
-  std::string err, info;
-  std::vector<std::string> names;
+using namespace vsim;
+
+struct vsim_module {
+  std::unique_ptr<Module> M{new Module};
 };
-static std::string g_err;
-static thread_local std::string g_json;
-extern "C" {
-const char* ps_error() { return g_err.c_str(); }
-void* ps_device_new() { return new Device; }
-void ps_device_free(void* d) { delete (Device*)d; }
-u64 ps_alloc(void* d, void* host, u64 size, u64 align, u32 flags, const char* name, u64 misalign,
-             int* id) {
-  Alloc* a = ((Device*)d)->add((u8*)host, size, align, flags, name, misalign);
-  *id = a->id;
-  return a->base;
+static std::string g_text, g_fault_text;
+static vsim_fault g_fault;
+
+static const char* const kKindNames[] = {"ok",    "address",     "alignment", "uninit", "race",
+                                         "async", "barrier",     "deadlock",  "trap",   "assert",
+                                         "limit", "unsupported", "invalid"};
+static_assert(sizeof kKindNames / sizeof *kKindNames == VSIM_FAULT_KINDS);
+static_assert((int)Fault::Invalid == VSIM_INVALID && (int)Fault::Race == VSIM_DATA_RACE);
+
+static void keep(const SimError& e) {
+  g_fault_text = e.msg;
+  g_fault = vsim_fault{};
+  g_fault.kind = (int)e.kind;
+  g_fault.name = kKindNames[(int)e.kind];
+  g_fault.text = g_fault_text.c_str();
+  g_fault.line = e.line;
+  g_fault.has_thread = e.has_thread;
+  g_fault.has_address = e.has_address;
+  g_fault.address = e.address;
+  std::copy(e.cta, e.cta + 3, g_fault.cta);
+  std::copy(e.thread, e.thread + 3, g_fault.thread);
 }
-void ps_free(void* d, int id) { ((Device*)d)->remove(id); }
-// shadow: counts of bytes read / written / either since the last clear
-int ps_shadow(void* d, int id, u64* out, int clear) {
-  for (auto a : ((Device*)d)->allocs)
-    if (a->id == id) {
-      u64 r = 0, w = 0, e = 0;
-      for (u64 k = 0; k < a->size; k++) {
-        r += a->shadow[k] & 1;
-        w += a->shadow[k] >> 1 & 1;
-        e += a->shadow[k] != 0;
-      }
-      out[0] = r;
-      out[1] = w;
-      out[2] = e;
-      if (clear) memset(a->shadow, 0, a->size);
-      return 0;
-    }
-  return -1;
-}
-int ps_shadow_copy(void* d, int id, u8* out) {
-  for (auto a : ((Device*)d)->allocs)
-    if (a->id == id) {
-      memcpy(out, a->shadow, a->size);
-      return 0;
-    }
-  return -1;
-}
-void* ps_module(void* dev, const char* text) {
+static const vsim_fault* fault() { return &g_fault; }
+
+static vsim_module* load(const char* text, vsim_place_fn place, void* ctx) {
   try {
-    std::unique_ptr<PsHandle> h(new PsHandle);
-    h->M.reset(new Module);
-    h->dev = (Device*)dev;
-    h->M->dev = h->dev;
-    parse_module(*h->M, text);
+    std::unique_ptr<vsim_module> h(new vsim_module);
     Module& M = *h->M;
-    for (auto& y : M.syms)
-      if (!y.is_func && (y.sp == SP_GLOBAL || y.sp == SP_CONST)) {
-        if (y.is_extern && !y.size) continue;
-        Alloc* a = h->dev->add(nullptr, std::max<u64>(y.size, 1), std::max<u32>(y.align, 16),
-                               AL_OWNED | (y.sp == SP_CONST ? AL_CONST : 0), y.name, 0);
-        y.addr = a->base;
-        if (!y.init.empty()) memcpy(a->host, y.init.data(), y.init.size());
-        M.own_allocs.push_back(a->id);
-      }
+    parse_module(M, text);
+    std::map<u64, u8*> bytes;
+    for (auto& y : M.syms) {
+      if (y.is_func || (y.sp != SP_GLOBAL && y.sp != SP_CONST) || (y.is_extern && !y.size))
+        continue;
+      u64 size = std::max<u64>(y.size, 1);
+      void* host = nullptr;
+      y.addr =
+          place(ctx, y.name.c_str(), size, std::max<u32>(y.align, 16), y.sp == SP_CONST, &host);
+      if (!y.addr) fail(Fault::Invalid, "no memory for variable %s", y.name.c_str());
+      memset(host, 0, size);
+      memcpy(host, y.init.data(), y.init.size());
+      bytes[y.addr] = (u8*)host;
+    }
     for (auto& y : M.syms)
       for (auto& r : y.relocs) {
         Symbol& t = M.syms[r.second.first];
         u64 v = (t.is_func ? FUNC_BASE + 16ull * t.func : t.addr) + r.second.second;
-        Alloc* a = h->dev->find(y.addr);
-        memcpy(a->host + r.first, &v, 8);
+        memcpy(bytes.at(y.addr) + r.first, &v, 8);
       }
     return h.release();
   } catch (SimError& e) {
-    g_err = e.msg;
-    return nullptr;
+    keep(e);
   } catch (std::exception& e) {
-    g_err = std::string("internal: ") + e.what();
-    return nullptr;
+    keep(SimError{Fault::Unsupported, std::string("internal: ") + e.what()});
   }
+  return nullptr;
 }
-void ps_module_free(void* p) {
-  PsHandle* h = (PsHandle*)p;
-  for (int id : h->M->own_allocs) h->dev->remove(id);
-  delete h;
-}
+static void unload(vsim_module* m) { delete m; }
 static std::string jesc(const std::string& s) {
   std::string o;
   for (char c : s) {
@@ -101,8 +80,8 @@ static std::string jesc(const std::string& s) {
   }
   return o;
 }
-const char* ps_kernels(void* p) {
-  Module& M = *((PsHandle*)p)->M;
+static const char* kernels(vsim_module* m) {
+  Module& M = *m->M;
   std::string s = "[";
   bool first = true;
   for (auto& f : M.funcs)
@@ -117,96 +96,76 @@ const char* ps_kernels(void* p) {
                   f->params[k].off);
       s += strf("],\"param_bytes\":%u}", f->param_bytes);
     }
-  g_json = s + "]";
-  return g_json.c_str();
+  g_text = s + "]";
+  return g_text.c_str();
 }
-const char* ps_symbols(void* p) {
-  Module& M = *((PsHandle*)p)->M;
-  std::string s = "[";
-  bool first = true;
-  for (auto& y : M.syms)
-    if (!y.is_func && (y.sp == SP_GLOBAL || y.sp == SP_CONST) && y.addr) {
-      s += strf("%s{\"name\":\"%s\",\"addr\":%llu,\"size\":%llu}", first ? "" : ",",
-                jesc(y.name).c_str(), (unsigned long long)y.addr, (unsigned long long)y.size);
-      first = false;
-    }
-  g_json = s + "]";
-  return g_json.c_str();
-}
-int ps_copy(void* d, u64 addr, void* host, u64 n, int to_dev) {
-  Alloc* a = ((Device*)d)->find(addr);
-  if (!a || addr + n > a->base + a->size) {
-    g_err = "copy out of range";
-    return -1;
-  }
-  if (to_dev)
-    memcpy(a->host + (addr - a->base), host, n);
-  else
-    memcpy(host, a->host + (addr - a->base), n);
-  return 0;
-}
-// decode only: returns 0 when every instruction of the kernel is supported
-int ps_decode(void* p, const char* kernel) {
+static int decode(vsim_module* m, const char* kernel) {
   try {
-    Module& M = *((PsHandle*)p)->M;
-    auto it = M.funcidx.find(kernel);
-    if (it == M.funcidx.end()) fail("no kernel %s", kernel);
-    decode_function(M, it->second);
+    auto it = m->M->funcidx.find(kernel);
+    if (it == m->M->funcidx.end()) fail(Fault::Invalid, "no kernel %s", kernel);
+    decode_function(*m->M, it->second);
     return 0;
   } catch (SimError& e) {
-    g_err = e.msg;
+    keep(e);
     return -1;
   }
 }
-
-const char* ps_launch(void* p, const char* kernel, const u32* grid, const u32* block, u32 smem,
-                      u64 seed, u32 checks, u64 max_insts, const u8* params, u32 nparams,
-                      int profile) {
-  PsHandle* h = (PsHandle*)p;
-  Module& M = *h->M;
+static const char* launch(vsim_module* m, const vsim_launch* L) {
+  Module& M = *m->M;
+  const char* kernel = L->kernel;
+  const u32 *grid = L->grid, *block = L->block;
+  const u32 smem = L->smem, nparams = L->param_bytes, checks = L->checks;
+  const u8* params = (const u8*)L->params;
+  Device D;
   Exec E;
   try {
+    if (L->cluster[0] * L->cluster[1] * L->cluster[2] > 1)
+      fail(Fault::Unsupported, "thread block clusters are not supported");
+    for (u32 k = 0; k < L->num_ranges; k++) {
+      const vsim_range& r = L->ranges[k];
+      D.allocs.push_back(
+          {r.base, r.size, (u8*)r.host, r.map, r.readonly != 0, r.name ? r.name : "memory"});
+    }
     auto it = M.funcidx.find(kernel);
-    if (it == M.funcidx.end()) fail("no kernel %s", kernel);
+    if (it == M.funcidx.end()) fail(Fault::Invalid, "no kernel %s", kernel);
     Function& F = *M.funcs[it->second];
     decode_function(M, it->second);
     memset(&E.st, 0, sizeof E.st);
     E.M = &M;
-    E.D = h->dev;
+    E.D = &D;
     E.F = &F;
     for (int k = 0; k < 3; k++) {
       E.cfg.grid[k] = grid[k];
       E.cfg.block[k] = block[k];
-      if (!grid[k] || !block[k]) fail("empty grid or block");
+      if (!grid[k] || !block[k]) fail(Fault::Invalid, "empty grid or block");
     }
     E.cfg.smem = smem;
-    E.cfg.max_insts = max_insts;
+    E.cfg.max_insts = L->max_insts;
     E.cfg.checks = checks;
-    E.chk_race = checks & CHK_RACE;
-    E.chk_init = checks & CHK_INIT;
-    E.shadow = checks & CHK_SHADOW;
-    E.chk_lanes = checks & CHK_LANES;
+    E.chk_race = checks & VSIM_RACE;
+    E.chk_init = checks & VSIM_INIT;
+    E.chk_lanes = checks & VSIM_LANES;
     u32 nt = block[0] * block[1] * block[2];
-    if (nt > 1024) fail("%u threads per block exceed 1024", nt);
+    if (nt > 1024) fail(Fault::Invalid, "%u threads per block exceed 1024", nt);
     if (F.reqntid[0] && (F.reqntid[0] * F.reqntid[1] * F.reqntid[2] != nt))
-      fail("kernel requires %u x %u x %u threads per block", F.reqntid[0], F.reqntid[1],
-           F.reqntid[2]);
+      fail(Fault::Invalid, "kernel requires %u x %u x %u threads per block", F.reqntid[0],
+           F.reqntid[1], F.reqntid[2]);
     if (F.maxntid[0] && nt > F.maxntid[0] * F.maxntid[1] * F.maxntid[2])
-      fail("block exceeds .maxntid");
+      fail(Fault::Invalid, "block exceeds .maxntid");
     if (F.cluster[0] * F.cluster[1] * F.cluster[2] != 1)
-      fail("kernel %s needs clusters of %ux%ux%u CTAs: only cluster size 1 is supported",
+      fail(Fault::Unsupported,
+           "kernel %s needs clusters of %ux%ux%u CTAs: only cluster size 1 is supported",
            F.name.c_str(), F.cluster[0], F.cluster[1], F.cluster[2]);
-    E.rng = seed * 0x9E3779B97F4A7C15ull + 0x1234567890abcdefull;
+    E.rng = L->seed * 0x9E3779B97F4A7C15ull + 0x1234567890abcdefull;
     if (!E.rng) E.rng = 1;
     for (int k = 0; k < 8; k++) E.rand();
     if (nparams != F.param_bytes)
-      fail("kernel %s takes %u parameter bytes, %u given", kernel, F.param_bytes, nparams);
+      fail(Fault::Invalid, "kernel %s takes %u parameter bytes, %u given", kernel, F.param_bytes,
+           nparams);
     E.params.assign(params, params + nparams);
     E.params.resize(nparams + 32, 0);
     E.params.resize(nparams);
-    Alloc pa{PARAM_BASE, nparams, E.params.data(), nullptr, AL_CONST, 0, "kernel parameters"};
-    std::vector<u8> psh(nparams + 64);
-    pa.shadow = psh.data();
+    Alloc pa{PARAM_BASE, nparams, E.params.data(), nullptr, true, "kernel parameters"};
     E.param_alloc = &pa;
     // shared-memory layout: static variables of this kernel and its callees, then dynamic
     E.smem_addr.assign(M.syms.size(), 0);
@@ -233,7 +192,8 @@ const char* ps_launch(void* p, const char* kernel, const u32* grid, const u32* b
     for (int s : dyn) E.smem_addr[s] = SMEM_START + off;
     E.st.smem_static = off;
     E.st.smem_dynamic = smem;
-    if (off + smem > 227 * 1024) fail("%u bytes of shared memory exceed 227 KiB", off + smem);
+    if (off + smem > 227 * 1024)
+      fail(Fault::Invalid, "%u bytes of shared memory exceed 227 KiB", off + smem);
     E.local_bytes = (M.local_bytes + 15) / 16 * 16;
     E.code = M.code.data();
     E.count.assign(M.code.size(), 0);
@@ -316,7 +276,7 @@ const char* ps_launch(void* p, const char* kernel, const u32* grid, const u32* b
       f1 = false;
     }
     j += "}";
-    if (profile) {
+    if (checks & VSIM_LINE_COUNTS) {
       j += ",\"lines\":{";
       std::map<u32, u64> L;
       for (size_t k = 0; k < E.count.size(); k++)
@@ -329,19 +289,41 @@ const char* ps_launch(void* p, const char* kernel, const u32* grid, const u32* b
       j += "}";
     }
     j += strf(",\"seconds\":%.6f,\"printf\":\"%s\"}", sec, jesc(E.out).c_str());
-    g_json = j;
-    return g_json.c_str();
+    g_text = j;
+    return g_text.c_str();
   } catch (SimError& e) {
-    g_err = e.msg;
-    if (!E.out.empty()) g_err += "\n  printf output so far: " + E.out.substr(0, 2000);
-    return nullptr;
+    if (!E.out.empty()) e.msg += "\n  printf output so far: " + E.out.substr(0, 2000);
+    keep(e);
   } catch (std::exception& e) {
-    g_err = std::string("internal: ") + e.what();
-    return nullptr;
+    keep(SimError{Fault::Unsupported, std::string("internal: ") + e.what()});
   }
+  return nullptr;
 }
-const char* ps_line(void* p, u32 n) {
-  g_json = line_text(*((PsHandle*)p)->M, n);
-  return g_json.c_str();
+static void tensor_map(void* out, int dtype, int rank, uint64_t base, const uint64_t* dim,
+                       const uint64_t* stride, const uint32_t* box, const uint32_t* element_stride,
+                       int swizzle, int fill_nan) {
+  // CUtensorMapDataType -> the numbering of tensormap.replace
+  static const u8 kTypes[13] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 8, 11, 12};
+  TMap t;
+  memset(&t, 0, sizeof t);
+  static_assert(sizeof t <= 128, "tensor map");
+  t.addr = base;
+  t.magic = TMAP_MAGIC;
+  t.dtype = kTypes[dtype];
+  t.rank = rank;
+  t.swizzle = swizzle;
+  t.fill = fill_nan;
+  for (int k = 0; k < 5; k++) {
+    t.dims[k] = k < rank ? (u32)dim[k] : 0;
+    t.box[k] = k < rank ? box[k] : 0;
+    t.estride[k] = k < rank ? element_stride[k] : 1;
+    if (k + 1 < rank) t.strides[k] = stride[k];
+  }
+  memset(out, 0, 128);
+  memcpy(out, &t, sizeof t);
 }
+extern "C" __attribute__((visibility("default"))) const vsim_api* vsim_get(uint32_t version) {
+  static const vsim_api api{VSIM_VERSION, "vsim", load,  unload,    kernels,
+                            decode,       launch, fault, tensor_map};
+  return version == VSIM_VERSION ? &api : nullptr;
 }

@@ -2,18 +2,20 @@
 // Every asynchronous copy is queued and carried out as late as the program's waits allow
 // (or at a pseudo-random earlier time); its bytes stay poisoned until then.
 #include "fp.h"
-namespace ptxsim {
+namespace vsim {
 static inline u32 sh_addr(Exec& E, u64 a, int lane, const char* what) {
   if (a - SHARED_BASE < WINDOW) a -= SHARED_BASE;
   if (a >= (1u << 20))
-    fail_lane(lane, "%s: address 0x%llx is not in shared memory", what, (unsigned long long)a);
+    fail_lane(Fault::Address, lane, "%s: address 0x%llx is not in shared memory", what,
+              (unsigned long long)a);
   return (u32)a;
 }
 static MBar& mbar_at(Exec& E, Warp* w, u32 a, int lane, const char* what) {
-  if (a & 7) fail_lane(lane, "%s: misaligned mbarrier address 0x%x", what, a);
+  if (a & 7) fail_lane(Fault::Alignment, lane, "%s: misaligned mbarrier address 0x%x", what, a);
   auto it = E.cta->mbars.find(a);
   if (it == E.cta->mbars.end())
-    fail_lane(lane, "%s: no mbarrier was initialised at shared address 0x%x", what, a);
+    fail_lane(Fault::Barrier, lane, "%s: no mbarrier was initialised at shared address 0x%x", what,
+              a);
   if (w) sm_visible(E, *w, a, 8, lane, what);
   return it->second;
 }
@@ -27,7 +29,8 @@ static void mb_check(Exec& E, MBar& b) {
 }
 static void mb_arrive(Exec& E, MBar& b, u32 n, int lane) {
   if ((i32)n > b.pending)
-    fail_lane(lane, "mbarrier at 0x%x: %u arrivals exceed the %d pending in this phase", b.addr, n,
+    fail_lane(Fault::Barrier, lane,
+              "mbarrier at 0x%x: %u arrivals exceed the %d pending in this phase", b.addr, n,
               b.pending);
   b.pending -= n;
   E.cta->progress++;
@@ -47,8 +50,9 @@ static void h_mbar(Exec& E, Warp& w, const Inst& I, u32 m) {
     switch (I.op) {
       case MB_INIT: {
         u32 cnt = w.r<u32>(I.b)[lane];
-        if (!cnt || cnt >= (1u << 20)) fail_lane(lane, "mbarrier.init count %u out of range", cnt);
-        if (a & 7) fail_lane(lane, "misaligned mbarrier address 0x%x", a);
+        if (!cnt || cnt >= (1u << 20))
+          fail_lane(Fault::Barrier, lane, "mbarrier.init count %u out of range", cnt);
+        if (a & 7) fail_lane(Fault::Alignment, lane, "misaligned mbarrier address 0x%x", a);
         if (C.mbars.count(a)) C.init[a] = 1, memset(&C.init[a], 1, 8);
         u8 z[8] = {0};
         sm_write(E, w, a, 8, lane, nullptr);
@@ -131,36 +135,42 @@ static void h_mbar(Exec& E, Warp& w, const Inst& I, u32 m) {
 static const int ESZ[13] = {1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4};
 static TMap load_tmap(Exec& E, u64 a, int lane) {
   if (a & 63)
-    fail_lane(lane, "tensor map address 0x%llx is not 64-byte aligned", (unsigned long long)a);
+    fail_lane(Fault::Alignment, lane, "tensor map address 0x%llx is not 64-byte aligned",
+              (unsigned long long)a);
   TMap t;
   memcpy(&t, global_ptr(E, a, 128, lane, "tensor map read", false), sizeof t);
   if (t.magic != TMAP_MAGIC)
-    fail_lane(lane, "no tensor map at 0x%llx (create it with ptxsim.tma or tensormap.replace)",
+    fail_lane(Fault::Address, lane,
+              "no tensor map at 0x%llx (cuTensorMapEncodeTiled or tensormap.replace makes one)",
               (unsigned long long)a);
   if (t.rank < 1 || t.rank > 5 || t.dtype > 12)
-    fail_lane(lane, "tensor map has rank %u, element type %u", t.rank, t.dtype);
-  if (t.interleave) fail_lane(lane, "interleaved tensor maps are not supported");
+    fail_lane(Fault::Invalid, lane, "tensor map has rank %u, element type %u", t.rank, t.dtype);
+  if (t.interleave)
+    fail_lane(Fault::Unsupported, lane, "interleaved tensor maps are not supported");
   int es = ESZ[t.dtype];
   if (t.addr & 15)
-    fail_lane(lane, "tensor map global address 0x%llx is not 16-byte aligned",
+    fail_lane(Fault::Alignment, lane, "tensor map global address 0x%llx is not 16-byte aligned",
               (unsigned long long)t.addr);
   for (int k = 0; k < t.rank; k++) {
     if (t.estride[k] != 1)
-      fail_lane(lane, "tensor map element strides other than 1 are not supported");
+      fail_lane(Fault::Unsupported, lane,
+                "tensor map element strides other than 1 are not supported");
     if (!t.box[k] || t.box[k] > 256)
-      fail_lane(lane, "tensor map box dimension %d is %u", k, t.box[k]);
+      fail_lane(Fault::Invalid, lane, "tensor map box dimension %d is %u", k, t.box[k]);
     if (k && (t.strides[k - 1] & 15))
-      fail_lane(lane, "tensor map stride %d (%llu) is not a multiple of 16", k,
+      fail_lane(Fault::Invalid, lane, "tensor map stride %d (%llu) is not a multiple of 16", k,
                 (unsigned long long)t.strides[k - 1]);
   }
   u32 inner = t.box[0] * es;
   static const u32 span[4] = {1u << 30, 32, 64, 128};
   if (inner & 15)
-    fail_lane(lane, "tensor map inner box of %u bytes is not a multiple of 16", inner);
-  if (t.swizzle > 3) fail_lane(lane, "tensor map swizzle mode %u is not supported", t.swizzle);
+    fail_lane(Fault::Invalid, lane, "tensor map inner box of %u bytes is not a multiple of 16",
+              inner);
+  if (t.swizzle > 3)
+    fail_lane(Fault::Unsupported, lane, "tensor map swizzle mode %u is not supported", t.swizzle);
   if (inner > span[t.swizzle])
-    fail_lane(lane, "tensor map inner box of %u bytes exceeds the swizzle span %u", inner,
-              span[t.swizzle]);
+    fail_lane(Fault::Invalid, lane, "tensor map inner box of %u bytes exceeds the swizzle span %u",
+              inner, span[t.swizzle]);
   return t;
 }
 static inline u32 swz(u32 a, int mode) {
@@ -281,7 +291,7 @@ static void red_elem(int op, Ty t, u8* g, const u8* s) {
       break;
     }
     default:
-      fail("bulk reduction type");
+      fail(Fault::Unsupported, "bulk reduction type");
   }
 }
 static Ty tmap_ty(const TMap& t) {
@@ -416,11 +426,13 @@ static void h_bulk(Exec& E, Warp& w, const Inst& I, u32 m) {
     if (I.op == TO_LOAD || I.op == TO_STORE) {
       o.bytes = w.r<u32>(I.c)[lane];
       if (!o.bytes || (o.bytes & 15))
-        fail_lane(lane, "bulk copy size %u is not a positive multiple of 16", o.bytes);
+        fail_lane(Fault::Invalid, lane, "bulk copy size %u is not a positive multiple of 16",
+                  o.bytes);
       o.smem = sh_addr(E, I.op == TO_LOAD ? first : second, lane, "bulk copy");
       o.gaddr = I.op == TO_LOAD ? second : first;
       if ((o.smem & 15) || (o.gaddr & 15))
-        fail_lane(lane, "bulk copy addresses 0x%x / 0x%llx are not 16-byte aligned", o.smem,
+        fail_lane(Fault::Alignment, lane,
+                  "bulk copy addresses 0x%x / 0x%llx are not 16-byte aligned", o.smem,
                   (unsigned long long)o.gaddr);
       global_ptr(E, o.gaddr, o.bytes, lane, "bulk copy", false);
       smem_ptr(E, o.smem, o.bytes, lane, "bulk copy");
@@ -429,11 +441,13 @@ static void h_bulk(Exec& E, Warp& w, const Inst& I, u32 m) {
       o.smem = sh_addr(E, I.op == TO_TLOAD ? first : second, lane, "tensor copy");
       o.tm = load_tmap(E, ta, lane);
       if (o.tm.rank != I.vec)
-        fail_lane(lane, "tensor copy of rank %u with a rank-%u tensor map", I.vec, o.tm.rank);
+        fail_lane(Fault::Invalid, lane, "tensor copy of rank %u with a rank-%u tensor map", I.vec,
+                  o.tm.rank);
       for (int k = 0; k < I.vec; k++) o.coord[k] = w.r<i32>(I.x[k])[lane];
       o.bytes = box_bytes(o.tm);
       if (o.smem & 127)
-        fail_lane(lane, "tensor copy shared address 0x%x is not 128-byte aligned", o.smem);
+        fail_lane(Fault::Alignment, lane, "tensor copy shared address 0x%x is not 128-byte aligned",
+                  o.smem);
       smem_ptr(E, o.smem, o.bytes, lane, "tensor copy");
       walk(o.tm, o.coord, o.smem, [&](u32, u64 g, u32 lo, u32 hi) {
         if (hi > lo) global_ptr(E, g, hi - lo, lane, "tensor copy", false);
@@ -576,7 +590,8 @@ static void h_tmcopy(Exec& E, Warp& w, const Inst& I, u32 m) {
   u8* q = smem_ptr(E, sa, 128, l, "tensormap.cp_fenceproxy");
   for (u32 k = 0; k < 128; k += 16) sm_read(E, w, sa + k, 16, l);
   if (g & 127)
-    fail_lane(l, "tensormap.cp_fenceproxy destination 0x%llx is not 128-byte aligned",
+    fail_lane(Fault::Alignment, l,
+              "tensormap.cp_fenceproxy destination 0x%llx is not 128-byte aligned",
               (unsigned long long)g);
   memcpy(global_ptr(E, g, 128, l, "tensormap.cp_fenceproxy", true), q, 128);
 }
@@ -793,4 +808,4 @@ bool decode_async(Dec& d) {
   }
   return false;
 }
-}  // namespace ptxsim
+}  // namespace vsim

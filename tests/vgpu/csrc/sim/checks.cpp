@@ -1,7 +1,7 @@
 // Shared-memory shadow state: initialisation, outstanding asynchronous bytes, and
 // happens-before race detection between warps (vector clocks).
 #include "core.h"
-namespace ptxsim {
+namespace vsim {
 void vc_join(VC& a, const VC& b) {
   for (int i = 0; i < MAXW; i++) a.c[i] = std::max(a.c[i], b.c[i]);
 }
@@ -70,7 +70,7 @@ static void lane_check(Exec& E, Warp& w, u32 a, u32 n, int lane, bool write,
     if (!same && (clash(C.ln_w[k]) || (write && clash(C.ln_r[k])))) {
       u64 v = clash(C.ln_w[k]) ? C.ln_w[k] : C.ln_r[k];
       std::string who = (v & 0xff) == 0xff ? "several lanes" : strf("lane %u", (u32)(v & 0xff));
-      fail_lane(lane,
+      fail_lane(Fault::Race, lane,
                 "race between lanes of a warp at shared address 0x%x: %s by lane %d conflicts with "
                 "an earlier access by %s without bar.warp.sync",
                 k, write ? "write" : "read", lane, who.c_str());
@@ -112,25 +112,27 @@ static inline bool all_one(const u8* p, u32 n) {
     if (v == 1) continue;
     u32 ln = C.pend_line[(addr + k) >> 2];
     if (v == 2)
-      fail_lane(lane,
+      fail_lane(Fault::Async, lane,
                 "%s of shared address 0x%x (byte %u): bytes of an outstanding cp.async not yet "
                 "waited for (issued at line %u: %s)",
                 what, addr, addr + k, ln, line_text(*E.M, ln).c_str());
     if (v == 3)
-      fail_lane(lane,
+      fail_lane(Fault::Async, lane,
                 "%s of shared address 0x%x (byte %u): bytes of an outstanding bulk/tensor copy not "
                 "yet waited for (issued at line %u: %s)",
                 what, addr, addr + k, ln, line_text(*E.M, ln).c_str());
     if (v == 4)
-      fail_lane(lane, "%s of shared address 0x%x: it holds a live mbarrier object", what, addr);
-    fail_lane(lane, "%s of uninitialised shared memory: address 0x%x (byte %u was never written)",
-              what, addr, addr + k);
+      fail_lane(Fault::Barrier, lane, "%s of shared address 0x%x: it holds a live mbarrier object",
+                what, addr);
+    fail_lane(Fault::Uninit, lane,
+              "%s of uninitialised shared memory: address 0x%x (byte %u was never written)", what,
+              addr, addr + k);
   }
-  fail_lane(lane, "internal: init check");
+  fail_lane(Fault::Unsupported, lane, "internal: init check");
 }
 [[noreturn]] static void race_fail(Exec& E, Warp& w, u32 addr, int lane, u32 other,
                                    const char* mine, const char* theirs) {
-  fail_lane(lane,
+  fail_lane(Fault::Race, lane,
             "shared memory race at address 0x%x: %s by warp %u conflicts with an earlier %s by "
             "warp %u without synchronisation in between",
             addr, mine, w.id, theirs, other & 0x7f);
@@ -235,7 +237,7 @@ void sm_read_proxy(Exec& E, Warp& w, u32 a, u32 n, int lane) {
       if (k + 1 < n && C.wr_stamp[a + n - 1] == s && wr_uniform(C, a, n)) break;
       continue;
     }
-    fail_lane(lane,
+    fail_lane(Fault::Async, lane,
               "async-proxy read of shared address 0x%x: the generic-proxy write by warp %u is not "
               "followed by fence.proxy.async",
               a + k, q);
@@ -247,7 +249,7 @@ void sm_visible(Exec& E, Warp& w, u32 a, u32 n, int lane, const char* what) {
   if (!E.chk_race) return;
   for (u32 k = 0; k < n; k++)
     if (!hb(w, C.wr_warp[a + k], C.wr_stamp[a + k]))
-      fail_lane(lane,
+      fail_lane(Fault::Async, lane,
                 "%s at shared address 0x%x: its initialisation by warp %u is not yet visible "
                 "(missing synchronisation)",
                 what, a, C.wr_warp[a + k] & 0x7f);
@@ -274,4 +276,4 @@ void sm_end_async(Exec& E, Warp& w, u32 a, u32 n, int lane) {
       C.wr_warp[a + k] = w.id;
     }
 }
-}  // namespace ptxsim
+}  // namespace vsim

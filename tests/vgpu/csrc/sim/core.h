@@ -1,4 +1,4 @@
-// ptxsim core: shared types.  Layers: parser -> decode -> instruction handlers
+// Shared types of the simulator. shared types.  Layers: parser -> decode -> instruction handlers
 // (alu, cvt, mem, warpops, tensor, async) -> scheduler -> C ABI (api.cpp).
 #pragma once
 #include <algorithm>
@@ -14,7 +14,7 @@
 #include <unordered_map>
 #include <vector>
 
-namespace ptxsim {
+namespace vsim {
 typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
@@ -27,12 +27,39 @@ typedef unsigned __int128 u128;
 static const u32 FULL = 0xffffffffu;
 static const u32 NOREG = 0x7fffffffu;
 
+enum class Fault {
+  Ok,
+  Address,
+  Alignment,
+  Uninit,
+  Race,
+  Async,
+  Barrier,
+  Deadlock,
+  Trap,
+  Assert,
+  Limit,
+  Unsupported,
+  Invalid
+};
+// Everything that ends a launch. lane: -1 the first active one, -2 none in particular.
 struct SimError {
+  Fault kind;
   std::string msg;
   int lane = -1;
+  bool has_address = false;
+  u64 address = 0;
+  // filled in by run_launch
+  u32 line = 0;
+  bool has_thread = false;
+  u32 cta[3] = {0, 0, 0}, thread[3] = {0, 0, 0};
 };
-[[noreturn]] void fail(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
-[[noreturn]] void fail_lane(int lane, const char* fmt, ...) __attribute__((format(printf, 2, 3)));
+[[noreturn]] void fail(Fault kind, const char* fmt, ...) __attribute__((format(printf, 2, 3)));
+[[noreturn]] void fail_lane(Fault kind, int lane, const char* fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+// with the global address that the report should explain
+[[noreturn]] void fail_at(Fault kind, int lane, u64 address, const char* fmt, ...)
+    __attribute__((format(printf, 4, 5)));
 std::string strf(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 
 // ---------------------------------------------------------------- types
@@ -242,37 +269,30 @@ struct ConstEnt {
   i64 addend;
 };  // off: distance below the register base
 
+// A range of device memory; shadow, if any, takes 1 (read) and 2 (written) per byte.
 struct Alloc {
   u64 base, size;
   u8* host;
   u8* shadow;
-  u32 flags;
-  int id;
-  std::string name;
+  bool readonly;
+  const char* name;
 };
-enum { AL_CONST = 1, AL_OWNED = 2 };
-
 struct Device {
-  std::vector<Alloc*> allocs;  // sorted by base
-  u64 next = GLOBAL_BASE;
-  int next_id = 1;
-  Alloc* add(u8* host, u64 size, u64 align, u32 flags, const std::string& name, u64 misalign);
-  void remove(int id);
+  std::vector<Alloc> allocs;  // sorted by base, disjoint
   Alloc* find(u64 addr) {
     size_t lo = 0, hi = allocs.size();
     while (lo < hi) {
       size_t m = (lo + hi) / 2;
-      if (allocs[m]->base <= addr)
+      if (allocs[m].base <= addr)
         lo = m + 1;
       else
         hi = m;
     }
     if (!lo) return nullptr;
-    Alloc* a = allocs[lo - 1];
+    Alloc* a = &allocs[lo - 1];
     return addr - a->base < a->size ? a : nullptr;
   }
   Alloc* nearest(u64 addr);
-  ~Device();
 };
 
 struct MmaStat {
@@ -289,8 +309,6 @@ struct Module {
   int target_sm = 0;
   bool target_a = false;
   std::string version;
-  Device* dev = nullptr;
-  std::vector<int> own_allocs;
   // decode products
   std::vector<Inst> code;
   std::vector<int> code_func;
@@ -516,9 +534,7 @@ struct LaunchCfg {
   u32 checks;
   u64 max_insts;
   u32 cluster[3];
-  u32 race_lanes;
 };
-enum { CHK_RACE = 1, CHK_INIT = 2, CHK_SHADOW = 4, CHK_LANES = 8 };
 
 struct Exec {
   Module* M;
@@ -539,7 +555,7 @@ struct Exec {
   u32 dyn_base = 0;
   u64 clock = 0;
   std::string out;  // printf output
-  bool chk_race, chk_init, shadow, chk_lanes;
+  bool chk_race, chk_init, chk_lanes;
   u32 cur_pc = 0;
   Warp* cur_w = nullptr;
   u64 spin_ops =
@@ -678,4 +694,4 @@ static inline void lanes3(Warp& w, const Inst& I, u32 m, Fn f) {
   else
     for (int i = 0; i < 32; i++) d[i] = (m >> i & 1) ? t[i] : d[i];
 }
-}  // namespace ptxsim
+}  // namespace vsim

@@ -1,6 +1,6 @@
 // cvt in all supported forms, cvta.
 #include "fp.h"
-namespace ptxsim {
+namespace vsim {
 static inline i64 load_int(Warp& w, i32 off, int rs, Ty t, int lane) {
   u64 v = 0;
   const u8* p = w.R + off + lane * rs;
@@ -32,7 +32,7 @@ static inline double load_flt(Warp& w, i32 off, Ty t, int lane, bool ftz) {
     case BF16:
       return bf2f1(w.r<u16>(off)[lane]);
     default:
-      fail("cvt source");
+      fail(Fault::Unsupported, "cvt source");
   }
 }
 static double round_int(double x, int r) {
@@ -131,7 +131,7 @@ static void store_flt(Warp& w, const Inst& I, int lane,
       break;
     }
     default:
-      fail("cvt destination");
+      fail(Fault::Unsupported, "cvt destination");
   }
 }
 static void c_int_int(Exec&, Warp& w, const Inst& I, u32 m) {
@@ -526,4 +526,4 @@ bool decode_cvt(Dec& d) {
     I.fn = c_flt_flt;
   return true;
 }
-}  // namespace ptxsim
+}  // namespace vsim

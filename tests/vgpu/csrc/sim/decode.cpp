@@ -1,6 +1,6 @@
 // Operand resolution and the top-level decoder (AST -> Inst).
 #include "core.h"
-namespace ptxsim {
+namespace vsim {
 const char* cls_names[C_N] = {
     "mma",       "wgmma",     "mufu",       "fp32",      "fp16",           "fp64",
     "int",       "cvt",       "ld_shared",  "st_shared", "ldmatrix",       "stmatrix",
@@ -9,8 +9,8 @@ const char* cls_names[C_N] = {
     "mov",       "shfl",      "vote_redux", "call",      "other"};
 
 void Dec::bad(const char* why) {
-  fail("unsupported or malformed instruction (%s) in %s, line %u: %s", why, F.name.c_str(), P.line,
-       line_text(M, P.line).c_str());
+  fail(Fault::Unsupported, "unsupported or malformed instruction (%s) in %s, line %u: %s", why,
+       F.name.c_str(), P.line, line_text(M, P.line).c_str());
 }
 bool Dec::take_prefix(const char* m, std::string* full) {
   size_t n = strlen(m);
@@ -248,12 +248,12 @@ void Dec::addr(const Operand& m, i32& base, i64& off, u8& bsize, Space* sp) {
 
 // ------------------------------------------------------------ control flow
 static void h_never(Exec&, Warp&, const Inst&, u32) {
-  fail("internal: control instruction executed as ALU");
+  fail(Fault::Unsupported, "internal: control instruction executed as ALU");
 }
 static void h_vprintf(Exec& E, Warp& w, const Inst& I, u32 m);
 static void h_assertfail(Exec& E, Warp& w, const Inst& I, u32 m);
 static void h_trap(Exec&, Warp&, const Inst&, u32 m) {
-  fail_lane(__builtin_ctz(m), "trap executed");
+  fail_lane(Fault::Trap, __builtin_ctz(m), "trap executed");
 }
 struct ParamCopy {
   u32 from, to, size;
@@ -420,7 +420,8 @@ static std::string read_cstr(Exec& E, u64 a) {
 static u8* gen_ptr(Exec& E, Warp& w, u64 a, u32 n, int lane) {
   if (a - LOCAL_BASE < WINDOW) {
     u64 o = a - LOCAL_BASE;
-    if (o + n > E.local_bytes) fail_lane(lane, "printf argument buffer out of bounds");
+    if (o + n > E.local_bytes)
+      fail_lane(Fault::Address, lane, "printf argument buffer out of bounds");
     return w.local + (size_t)lane * E.local_bytes + o;
   }
   return global_ptr(E, a, n, lane, "printf arguments", false);
@@ -477,7 +478,7 @@ static void h_vprintf(Exec& E, Warp& w, const Inst& I, u32 m) {
       else if (c == 'p')
         o += strf("0x%llx", (unsigned long long)arg(8));
       else
-        fail_lane(lane, "printf conversion %%%c not supported", c);
+        fail_lane(Fault::Unsupported, lane, "printf conversion %%%c not supported", c);
     }
     if (E.out.size() < (1u << 24)) E.out += o;
     if (I.x[2] >= 0) {
@@ -501,14 +502,14 @@ static void h_assertfail(Exec& E, Warp& w, const Inst& I, u32 m) {
       return std::string("?");
     }
   };
-  fail_lane(lane, "device assertion failed: %s  (%s:%u, %s)", str(a[0]).c_str(), str(a[1]).c_str(),
-            ln, str(a[2]).c_str());
+  fail_lane(Fault::Assert, lane, "device assertion failed: %s  (%s:%u, %s)", str(a[0]).c_str(),
+            str(a[1]).c_str(), ln, str(a[2]).c_str());
 }
 
 void decode_function(Module& M, int fi) {
   Function& F = *M.funcs[fi];
   if (F.decoded) return;
-  if (!F.has_body) fail("function %s has no body", F.name.c_str());
+  if (!F.has_body) fail(Fault::Unsupported, "function %s has no body", F.name.c_str());
   F.pc0 = M.code.size();
   std::vector<std::pair<u32, std::string>> fix;
   for (size_t k = 0; k < F.code.size(); k++) {
@@ -540,11 +541,11 @@ void decode_function(Module& M, int fi) {
   for (auto& x : fix) {
     auto it = F.labels.find(x.second);
     if (it == F.labels.end())
-      fail("undefined label %s in %s (line %u)", x.second.c_str(), F.name.c_str(),
-           M.code[x.first].line);
+      fail(Fault::Unsupported, "undefined label %s in %s (line %u)", x.second.c_str(),
+           F.name.c_str(), M.code[x.first].line);
     M.code[x.first].target = F.pc0 + it->second;
   }
   F.decoded = true;
   for (size_t k = 0; k < F.callees.size(); k++) decode_function(M, F.callees[k]);
 }
-}  // namespace ptxsim
+}  // namespace vsim

@@ -6,7 +6,7 @@
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
-namespace ptxsim {
+namespace vsim {
 static inline u32 f2u(float f) {
   u32 u;
   memcpy(&u, &f, 4);
@@ -200,4 +200,4 @@ static T __attribute__((noinline)) fp_mode_op(int op, T a, T b, T c, int r) {
   fesetround(FE_TONEAREST);
   return o;
 }
-}  // namespace ptxsim
+}  // namespace vsim

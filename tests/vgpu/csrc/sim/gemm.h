@@ -1,7 +1,7 @@
 // Small dense kernels for the tensor-core models: D += s * (A * B), fp32.
 // Products of f16/bf16/tf32/fp8 values are exact in fp32, so mul+add equals fma here.
 #pragma once
-namespace ptxsim {
+namespace vsim {
 typedef float v8f __attribute__((vector_size(32), aligned(4), may_alias));
 // rows multiple of 4, n multiple of 8
 static inline void gemm_rows(const float* A, int lda, const float* B, int ldb, float* D, int ldd,
@@ -24,4 +24,4 @@ static inline void gemm_rows(const float* A, int lda, const float* B, int ldb, f
       *(v8f*)(d + 3 * ldd) += s * a3;
     }
 }
-}  // namespace ptxsim
+}  // namespace vsim

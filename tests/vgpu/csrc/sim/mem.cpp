@@ -1,46 +1,14 @@
 // Loads, stores, atomics, ldmatrix/stmatrix, cp.async, prefetch, fences.
 #include "fp.h"
-namespace ptxsim {
-// ---------------------------------------------------------------- device allocations
-Alloc* Device::add(u8* host, u64 size, u64 align, u32 flags, const std::string& name,
-                   u64 misalign) {
-  if (align < 256) align = 256;
-  u64 b = (next + align - 1) / align * align + misalign;
-  Alloc* a = new Alloc{b, size, host, nullptr, flags, next_id++, name};
-  if (flags & AL_OWNED) {
-    a->host = (u8*)calloc(size + 64, 1);
-  }
-  a->shadow = (u8*)calloc(size + 64, 1);
-  next = b + size + (1 << 16);
-  allocs.push_back(a);
-  return a;
-}
-static void destroy(Alloc* a) {
-  if (a->flags & AL_OWNED) free(a->host);
-  free(a->shadow);
-  delete a;
-}
-void Device::remove(int id) {
-  for (size_t k = 0; k < allocs.size(); k++)
-    if (allocs[k]->id == id) {
-      destroy(allocs[k]);
-      allocs.erase(allocs.begin() + k);
-      return;
-    }
-}
-Device::~Device() {
-  for (auto a : allocs) destroy(a);
-}
+namespace vsim {
 Alloc* Device::nearest(u64 addr) {
   Alloc* best = nullptr;
   u64 bd = ~0ull;
-  for (auto a : allocs) {
-    u64 d = addr < a->base              ? a->base - addr
-            : addr >= a->base + a->size ? addr - (a->base + a->size)
-                                        : 0;
+  for (auto& a : allocs) {
+    u64 d = addr < a.base ? a.base - addr : addr >= a.base + a.size ? addr - (a.base + a.size) : 0;
     if (d < bd) {
       bd = d;
-      best = a;
+      best = &a;
     }
   }
   return best;
@@ -63,15 +31,15 @@ static Alloc* find_global(Exec& E, u64 addr, u32 size, int lane, const char* wha
         s = strf(
             "nearest allocation is '%s' [0x%llx, 0x%llx) of %llu bytes; the access is at byte "
             "offset %lld, %s",
-            n->name.c_str(), (unsigned long long)n->base, (unsigned long long)end,
+            n->name, (unsigned long long)n->base, (unsigned long long)end,
             (unsigned long long)n->size, (long long)d,
             d < 0 ? "before its start"
             : addr + size > end
                 ? strf("%llu bytes past its end", (unsigned long long)(addr + size - end)).c_str()
                 : "inside");
     }
-    fail_lane(lane, "out-of-bounds global %s of %u bytes at 0x%llx: %s", what, size,
-              (unsigned long long)addr, s.c_str());
+    fail_at(Fault::Address, lane, addr, "out-of-bounds global %s of %u bytes at 0x%llx: %s", what,
+            size, (unsigned long long)addr, s.c_str());
   }
   E.last = a;
   return a;
@@ -91,18 +59,18 @@ u8* global_ptr(Exec& E, u64 addr, u32 size, int lane, const char* what, bool wri
   Alloc* a = find_global(E, addr, size, lane, what);
   u64 o = addr - a->base;
   if (write) {
-    if (a->flags & AL_CONST)
-      fail_lane(lane, "write to read-only memory '%s' at 0x%llx", a->name.c_str(),
-                (unsigned long long)addr);
+    if (a->readonly)
+      fail_at(Fault::Address, lane, addr, "write to read-only memory '%s' at 0x%llx", a->name,
+              (unsigned long long)addr);
     E.gwrites++;
   }
-  if (E.shadow) mark(a->shadow + o, size, write ? 2 : 1);
+  if (a->shadow) mark(a->shadow + o, size, write ? 2 : 1);
   return a->host + o;
 }
 u8* smem_ptr(Exec& E, u64 addr, u32 size, int lane, const char* what) {
   Cta& C = *E.cta;
   if (addr < SMEM_START || addr + size > C.smem_size)
-    fail_lane(lane,
+    fail_lane(Fault::Address, lane,
               "out-of-bounds shared %s of %u bytes at address 0x%llx: the CTA's shared memory is "
               "[0x%x, 0x%x) (%u static + %u dynamic bytes)",
               what, size, (unsigned long long)addr, SMEM_START, C.smem_size, E.st.smem_static,
@@ -186,13 +154,14 @@ static inline void lane_addr(Warp& w, const Inst& I, u64* A) {
   }
 }
 static void misaligned(int lane, const char* sp, u64 a, u32 n) {
-  fail_lane(lane, "misaligned %s access: address 0x%llx is not a multiple of %u", sp,
-            (unsigned long long)a, n);
+  fail_at(Fault::Alignment, lane, a, "misaligned %s access: address 0x%llx is not a multiple of %u",
+          sp, (unsigned long long)a, n);
 }
 static inline u8* local_ptr(Exec& E, Warp& w, u64 off, u32 n, int lane, const char* what) {
   if (off + n > E.local_bytes || off > E.local_bytes)
-    fail_lane(lane, "out-of-bounds local %s of %u bytes at offset %llu (thread has %u bytes)", what,
-              n, (unsigned long long)off, E.local_bytes);
+    fail_lane(Fault::Address, lane,
+              "out-of-bounds local %s of %u bytes at offset %llu (thread has %u bytes)", what, n,
+              (unsigned long long)off, E.local_bytes);
   return w.local + (size_t)lane * E.local_bytes + off;
 }
 // Which space does a lane address belong to (generic accesses)
@@ -242,7 +211,8 @@ static void h_ld(Exec& E, Warp& w, const Inst& I, u32 m) {
           P[lane] = local_ptr(E, w, a, tot, lane, "param read");
         else {
           if (a < PARAM_BASE || a + tot > PARAM_BASE + E.params.size())
-            fail_lane(lane, "out-of-bounds parameter read at 0x%llx", (unsigned long long)a);
+            fail_lane(Fault::Address, lane, "out-of-bounds parameter read at 0x%llx",
+                      (unsigned long long)a);
           P[lane] = &E.params[a - PARAM_BASE];
         }
         break;
@@ -304,6 +274,25 @@ static void h_ldparam(Exec& E, Warp& w, const Inst& I, u32 m) {
     LANES(m) memcpy(d + lane * I.ds, v, I.ds);
   }
 }
+// The lanes of mask whose store survives: of lanes with one address, the highest. Which lane wins
+// is undefined on hardware; to pick it before the race check lets replicated warps, whose lanes
+// differ in the last bit, store the same value (a reduction whose partial sums sit in more than one
+// lane).
+static u32 store_winners(const u32* addr, u32 mask) {
+  u32 rest = mask, win = 0, last = 0;
+  bool rising = true;
+  LANES(mask) {
+    rising &= addr[lane] > last;
+    last = addr[lane];
+  }
+  if (rising) return mask;
+  while (rest) {
+    u32 top = 31 - __builtin_clz(rest);
+    win |= 1u << top;
+    LANES(rest) if (addr[lane] == addr[top]) rest &= ~(1u << lane);
+  }
+  return win;
+}
 static void h_st(Exec& E, Warp& w, const Inst& I, u32 m) {
   u64 A[32];
   lane_addr(w, I, A);
@@ -311,6 +300,10 @@ static void h_st(Exec& E, Warp& w, const Inst& I, u32 m) {
   u32 gm = 0, sm = 0;
   u32 sa[32];
   u8 buf[64];
+  auto value = [&](u32 lane) {
+    for (u32 k = 0; k < n; k++) memcpy(buf + k * es, w.R + I.x[k] + (size_t)lane * I.cs, es);
+    return buf;
+  };
   LANES(m) {
     u64 a = A[lane];
     if (a & (tot - 1))
@@ -319,34 +312,36 @@ static void h_st(Exec& E, Warp& w, const Inst& I, u32 m) {
                  : I.sp == SP_LOCAL ? "local"
                                     : "global/generic",
                  a, tot);
-    for (u32 k = 0; k < n; k++) memcpy(buf + k * es, w.R + I.x[k] + (size_t)lane * I.cs, es);
-    u8* p;
     switch (resolve(I.sp, a)) {
       case SP_SHARED:
-        p = smem_ptr(E, a, tot, lane, "write");
-        sm_write(E, w, a, tot, lane, buf);
+        smem_ptr(E, a, tot, lane, "write");
         sm |= 1u << lane;
         sa[lane] = a;
         break;
       case SP_LOCAL:
       case SP_PARAM:
         if (a - LOCAL_BASE < WINDOW) a -= LOCAL_BASE;
-        p = local_ptr(E, w, a, tot, lane, "write");
+        memcpy(local_ptr(E, w, a, tot, lane, "write"), value(lane), tot);
         E.st.l_bytes += tot;
         break;
       default:
-        p = global_ptr(E, a, tot, lane, "write", true);
+        memcpy(global_ptr(E, a, tot, lane, "write", true), value(lane), tot);
         gm |= 1u << lane;
         break;
     }
-    memcpy(p, buf, tot);
   }
   if (gm) {
     E.st.g_st_sectors += count_sectors(A, gm, tot);
     E.st.g_st_bytes += (u64)__builtin_popcount(gm) * tot;
     E.st.g_st_req++;
   }
-  if (sm) smem_stats(E, sa, sm, tot, true);
+  if (sm) {
+    LANES(store_winners(sa, sm)) {
+      sm_write(E, w, sa[lane], tot, lane, value(lane));
+      memcpy(&E.cta->smem[sa[lane]], buf, tot);
+    }
+    smem_stats(E, sa, sm, tot, true);
+  }
 }
 // ---------------------------------------------------------------- atomics
 enum { AO_ADD, AO_AND, AO_OR, AO_XOR, AO_INC, AO_DEC, AO_MIN, AO_MAX, AO_EXCH, AO_CAS };
@@ -388,7 +383,7 @@ static void atom_elem(const Inst& I, u8* p, const u8* b, const u8* c) {
     else if (I.op == AO_MAX)
       r = fx != fx ? fy : fy != fy ? fx : std::max(fx, fy);
     else
-      fail("half atomic");
+      fail(Fault::Unsupported, "half atomic");
     u16 o = bf ? f2bf1(r) : f2h1(r);
     memcpy(q, &o, 2);
   };
@@ -422,7 +417,7 @@ static void atom_elem(const Inst& I, u8* p, const u8* b, const u8* c) {
       else if (I.op == AO_CAS)
         o = o == x ? y : o;
       else
-        fail("b128 atomic");
+        fail(Fault::Unsupported, "b128 atomic");
       memcpy(p, &o, 16);
       break;
     }
@@ -435,7 +430,7 @@ static void atom_elem(const Inst& I, u8* p, const u8* b, const u8* c) {
       else if (I.op == AO_EXCH)
         o = x;
       else
-        fail("f32 atomic op");
+        fail(Fault::Unsupported, "f32 atomic op");
       memcpy(p, &o, 4);
       break;
     }
@@ -446,7 +441,7 @@ static void atom_elem(const Inst& I, u8* p, const u8* b, const u8* c) {
       if (I.op == AO_ADD)
         o += x;
       else
-        fail("f64 atomic op");
+        fail(Fault::Unsupported, "f64 atomic op");
       memcpy(p, &o, 8);
       break;
     }
@@ -465,7 +460,7 @@ static void atom_elem(const Inst& I, u8* p, const u8* b, const u8* c) {
       half(true, p + 2, b + 2);
       break;
     default:
-      fail("atomic type");
+      fail(Fault::Unsupported, "atomic type");
   }
 }
 static std::unordered_map<u64, VC>& lockvc(Exec& E) {
@@ -535,7 +530,8 @@ static void h_atom(Exec& E, Warp& w, const Inst& I, u32 m) {
 // ---------------------------------------------------------------- ldmatrix / stmatrix
 static void need_full(Exec& E, Warp& w, u32 m) {
   if (m != FULL)
-    fail("warp-wide matrix instruction executed with lanes 0x%08x active (all 32 are required)", m);
+    fail(Fault::Barrier,
+         "warp-wide matrix instruction executed with lanes 0x%08x active (all 32 are required)", m);
 }
 static void h_ldmatrix(Exec& E, Warp& w, const Inst& I, u32 m) {
   need_full(E, w, m);
@@ -549,7 +545,7 @@ static void h_ldmatrix(Exec& E, Warp& w, const Inst& I, u32 m) {
     u64 a = A[l];
     if (I.sp == SP_GENERIC) {
       if (a - SHARED_BASE >= WINDOW)
-        fail_lane(l, "ldmatrix generic address 0x%llx is not in shared memory",
+        fail_lane(Fault::Address, l, "ldmatrix generic address 0x%llx is not in shared memory",
                   (unsigned long long)a);
       a -= SHARED_BASE;
     }
@@ -642,7 +638,8 @@ static void h_cpasync(Exec& E, Warp& w, const Inst& I, u32 m) {
         if (ig) n = 0;
       } else {
         n = w.r<u32>(I.c)[lane];
-        if (n > sz) fail_lane(lane, "cp.async src-size %u exceeds cp-size %u", n, sz);
+        if (n > sz)
+          fail_lane(Fault::Invalid, lane, "cp.async src-size %u exceeds cp-size %u", n, sz);
       }
     }
     smem_ptr(E, a, sz, lane, "cp.async write");
@@ -1081,8 +1078,8 @@ bool decode_mem(Dec& d) {
     I.fn = [](Exec&, Warp& w, const Inst& I, u32 m) {
       LANES(m) {
         if (w.r<u32>(I.b)[lane] != 0)
-          fail_lane(lane, "mapa to CTA rank %u: only cluster size 1 is supported",
-                    w.r<u32>(I.b)[lane]);
+          fail_lane(Fault::Unsupported, lane,
+                    "mapa to CTA rank %u: only cluster size 1 is supported", w.r<u32>(I.b)[lane]);
         memcpy(w.R + I.d + lane * I.ds, w.R + I.a + lane * I.ds, I.ds);
       }
     };
@@ -1090,4 +1087,4 @@ bool decode_mem(Dec& d) {
   }
   return false;
 }
-}  // namespace ptxsim
+}  // namespace vsim

@@ -2,30 +2,39 @@
 #include <cstdarg>
 
 #include "core.h"
-namespace ptxsim {
-std::string strf(const char* fmt, ...) {
+namespace vsim {
+static std::string vstrf(const char* fmt, va_list ap) {
   char b[4096];
-  va_list ap;
-  va_start(ap, fmt);
   vsnprintf(b, sizeof b, fmt, ap);
-  va_end(ap);
   return b;
 }
-void fail(const char* fmt, ...) {
-  char b[4096];
+std::string strf(const char* fmt, ...) {
   va_list ap;
   va_start(ap, fmt);
-  vsnprintf(b, sizeof b, fmt, ap);
+  std::string s = vstrf(fmt, ap);
   va_end(ap);
-  throw SimError{b, -1};
+  return s;
 }
-void fail_lane(int lane, const char* fmt, ...) {
-  char b[4096];
+void fail(Fault kind, const char* fmt, ...) {
   va_list ap;
   va_start(ap, fmt);
-  vsnprintf(b, sizeof b, fmt, ap);
+  SimError e{kind, vstrf(fmt, ap)};
   va_end(ap);
-  throw SimError{b, lane};
+  throw e;
+}
+void fail_lane(Fault kind, int lane, const char* fmt, ...) {
+  va_list ap;
+  va_start(ap, fmt);
+  SimError e{kind, vstrf(fmt, ap), lane};
+  va_end(ap);
+  throw e;
+}
+void fail_at(Fault kind, int lane, u64 address, const char* fmt, ...) {
+  va_list ap;
+  va_start(ap, fmt);
+  SimError e{kind, vstrf(fmt, ap), lane, true, address};
+  va_end(ap);
+  throw e;
 }
 
 static const struct {
@@ -91,7 +100,8 @@ struct Parser {
   Parser(Module& m) : M(m), s(m.text) {}
 
   [[noreturn]] void err(const std::string& m) {
-    fail("PTX parse error at line %u: %s\n    %s", line, m.c_str(), line_text(M, line).c_str());
+    fail(Fault::Unsupported, "PTX parse error at line %u: %s\n    %s", line, m.c_str(),
+         line_text(M, line).c_str());
   }
   void ws() {
     for (;;) {
@@ -993,7 +1003,7 @@ struct Parser {
       for (auto& q : y.pending) {
         int t = M.sym(q.second.first);
         if (t < 0)
-          fail("initialiser of %s refers to unknown symbol %s", y.name.c_str(),
+          fail(Fault::Unsupported, "initialiser of %s refers to unknown symbol %s", y.name.c_str(),
                q.second.first.c_str());
         y.relocs.push_back({q.first, {t, q.second.second}});
       }
@@ -1021,4 +1031,4 @@ void parse_module(Module& M, const std::string& text) {
   for (auto& f : M.funcs)
     if (f->entry) f->base = off;
 }
-}  // namespace ptxsim
+}  // namespace vsim

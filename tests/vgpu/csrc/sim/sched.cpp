@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 #include "core.h"
-namespace ptxsim {
+namespace vsim {
 std::string thread_name(Exec& E, Warp& w, int lane) {
   u32 t = w.tid0 + std::max(lane, 0);
   const u32* b = E.cfg.block;
@@ -78,7 +78,7 @@ static bool pick_group(Exec& E, Warp& w, bool rnd = false) {
                 where(E, g.pc).c_str());
     w.pc = o[0].pc;
     w.mask = o[0].mask;
-    throw SimError{s, (int)__builtin_ctz(o[0].mask)};
+    throw SimError{Fault::Deadlock, s, (int)__builtin_ctz(o[0].mask)};
   }
   if (rnd && nready > 1) {
     int k = E.rnd(nready);
@@ -120,7 +120,8 @@ static void do_call(Exec& E, Warp& w, const Inst& I, u32 m) {
     u64 t = w.r<u64>(I.a)[l0];
     fi = (int)((t - FUNC_BASE) / 16);
     if (t < FUNC_BASE || (t & 15) || (size_t)fi >= M.funcs.size())
-      fail_lane(l0, "indirect call to 0x%llx, which is not a function", (unsigned long long)t);
+      fail_lane(Fault::Invalid, l0, "indirect call to 0x%llx, which is not a function",
+                (unsigned long long)t);
     u32 g = 0;
     LANES(m) if (w.r<u64>(I.a)[lane] == t) g |= 1u << lane;
     if (m & ~g) {
@@ -130,20 +131,22 @@ static void do_call(Exec& E, Warp& w, const Inst& I, u32 m) {
     m = g;
   }
   Function& G = *M.funcs[fi];
-  if (!G.decoded) fail("call of %s, which has no decoded body", G.name.c_str());
+  if (!G.decoded) fail(Fault::Unsupported, "call of %s, which has no decoded body", G.name.c_str());
   if (I.flag && ((size_t)I.imm != G.params.size() || I.x.size() / 3 - I.imm != G.rets.size()))
-    fail("indirect call: argument count of %s differs", G.name.c_str());
+    fail(Fault::Invalid, "indirect call: argument count of %s differs", G.name.c_str());
   LANES(m) {
     if (M.code_func[w.pc] == fi)
-      fail_lane(lane, "recursive call of %s is not supported", G.name.c_str());
+      fail_lane(Fault::Unsupported, lane, "recursive call of %s is not supported", G.name.c_str());
     for (u32 r : w.ret[lane])
       if (M.code_func[r] == fi)
-        fail_lane(lane, "recursive call of %s is not supported", G.name.c_str());
+        fail_lane(Fault::Unsupported, lane, "recursive call of %s is not supported",
+                  G.name.c_str());
     u8* L = w.local + (size_t)lane * lb;
     for (i64 k = 0; k < I.imm; k++) {
       u32 to = I.flag ? (u32)M.syms[G.params[k].sym].addr : I.x[3 * k + 1];
       if (I.flag && (u32)I.x[3 * k + 2] != G.params[k].size)
-        fail_lane(lane, "indirect call: argument size of %s differs", G.name.c_str());
+        fail_lane(Fault::Invalid, lane, "indirect call: argument size of %s differs",
+                  G.name.c_str());
       memcpy(L + to, L + I.x[3 * k], I.x[3 * k + 2]);
     }
     w.ret[lane].push_back(next);
@@ -274,7 +277,7 @@ static u32 run_warp(Exec& E, Warp& w, u32 quantum) {
         u32 npc = 0, nm = 0;
         while (left) {
           u32 l = __builtin_ctz(left), k = w.r<u32>(I.a)[l];
-          if (k >= I.x.size()) fail_lane(l, "brx.idx index %u out of range", k);
+          if (k >= I.x.size()) fail_lane(Fault::Invalid, l, "brx.idx index %u out of range", k);
           u32 g = 0;
           LANES(left) if (w.r<u32>(I.a)[lane] == k) g |= 1u << lane;
           left &= ~g;
@@ -514,7 +517,7 @@ static void init_cta(Exec& E, Cta& C, u64 lin) {
                 C.bars[k].implicit ? C.bars[k].lanes : C.bars[k].arrived,
                 C.bars[k].implicit ? C.live_threads : C.bars[k].expect);
   E.cur_w = last;
-  throw SimError{s, -2};
+  throw SimError{Fault::Deadlock, s, -2};
 }
 // runs a CTA until it finishes (true) or makes no progress for a while (false)
 static bool run_cta(Exec& E, Cta& C, u64 stall) {
@@ -564,7 +567,7 @@ static bool run_cta(Exec& E, Cta& C, u64 stall) {
     u32 n = run_warp(E, w, 1 + E.rnd(qmax));
     if (w.done == false && !w.has_cur && w.others.empty()) w.done = true;
     if (E.st.warp_insts > E.cfg.max_insts)
-      fail("instruction limit of %llu warp instructions exceeded (endless loop?)",
+      fail(Fault::Limit, "instruction limit of %llu warp instructions exceeded (endless loop?)",
            (unsigned long long)E.cfg.max_insts);
     if (E.gwrites != lastg) {
       lastg = E.gwrites;
@@ -631,7 +634,7 @@ void run_launch(Exec& E) {
         } else
           stuck++;
         if (E.st.warp_insts - sweep_insts > 500000000ull)
-          fail("no CTA makes progress (livelock or endless loop)");
+          fail(Fault::Limit, "no CTA makes progress (livelock or endless loop)");
         stalled.push_back(std::move(C));
       }
     }
@@ -642,10 +645,19 @@ void run_launch(Exec& E) {
       u32 pc = std::min<u32>(w->pc, E.M->code.size() - 1);
       int lane = e.lane;
       if (lane == -1) lane = w->mask ? __builtin_ctz(w->mask) : 0;
-      if (lane >= 0)
+      e.line = E.code[pc].line;
+      if (lane >= 0) {
         s += strf(", %s\n  at %s", where(E, pc).c_str(), thread_name(E, *w, lane).c_str());
+        e.has_thread = true;
+        u32 t = w->tid0 + lane;
+        const u32* b = E.cfg.block;
+        u32 at[3] = {t % b[0], t / b[0] % b[1], t / (b[0] * b[1])};
+        std::copy(at, at + 3, e.thread);
+        std::copy(E.cta->idx, E.cta->idx + 3, e.cta);
+      }
     }
-    throw SimError{s + "\n  " + e.msg, e.lane};
+    e.msg = s + "\n  " + e.msg;
+    throw;
   }
 }
-}  // namespace ptxsim
+}  // namespace vsim

@@ -1,7 +1,7 @@
 // mma.sync and wmma.* (fragment layouts of the PTX ISA).
 #include "fp.h"
 #include "gemm.h"
-namespace ptxsim {
+namespace vsim {
 static u32 stat_id(Module& M, const std::string& n, double fl) {
   for (size_t k = 0; k < M.mmastats.size(); k++)
     if (M.mmastats[k].name == n) return k;
@@ -101,7 +101,8 @@ static void gather(Warp& w, const Inst& I, int M, int K, T (*A)[64], T (*B)[8], 
   (void)K;
 }
 static void check_full(u32 m) {
-  if (m != FULL) fail("mma executed with lanes 0x%08x active (all 32 are required)", m);
+  if (m != FULL)
+    fail(Fault::Barrier, "mma executed with lanes 0x%08x active (all 32 are required)", m);
 }
 // float-type mma: I.x = A regs, B regs, C regs, D regs; ds,as,bs,cs = counts
 static void h_mma_f(Exec&, Warp& w, const Inst& I, u32 m) {
@@ -242,7 +243,7 @@ static void h_wmma_ldst(Exec& E, Warp& w, const Inst& I, u32 m) {
       sp = SP_GLOBAL;
   }
   if (base % 16 && base % (es * 8))
-    fail("wmma address 0x%llx is not aligned", (unsigned long long)base);
+    fail(Fault::Alignment, "wmma address 0x%llx is not aligned", (unsigned long long)base);
   u64 secs[32];
   u64 nsec = 0;
   for (int l = 0; l < 32; l++)
@@ -506,4 +507,4 @@ bool decode_tensor(Dec& d) {
   }
   return false;
 }
-}  // namespace ptxsim
+}  // namespace vsim

@@ -1,23 +1,24 @@
 // Warp-level communication (shfl, vote, match, redux, elect) and CTA barriers.
 #include "fp.h"
-namespace ptxsim {
+namespace vsim {
 static u32 member(Warp& w, const Inst& I, u32 m) {
   const u32* mm = w.r<u32>(I.memb);
   u32 v = mm[__builtin_ctz(m)];
   LANES(m) {
     if (mm[lane] != v)
-      fail_lane(lane,
+      fail_lane(Fault::Barrier, lane,
                 "lanes executing a .sync instruction together have different member masks (0x%08x, "
                 "0x%08x)",
                 v, mm[lane]);
     if (!(mm[lane] >> lane & 1))
-      fail_lane(lane, "lane %u executes a .sync instruction but is not in its member mask 0x%08x",
-                lane, v);
+      fail_lane(Fault::Barrier, lane,
+                "lane %u executes a .sync instruction but is not in its member mask 0x%08x", lane,
+                v);
   }
   u32 need = v & w.live;
   if (need & ~m)
     fail_lane(
-        __builtin_ctz(need & ~m),
+        Fault::Barrier, __builtin_ctz(need & ~m),
         ".sync instruction: lanes 0x%08x of member mask 0x%08x do not take part (predicated off)",
         need & ~m, v);
   return v;
@@ -193,30 +194,34 @@ static void h_bar(Exec& E, Warp& w, const Inst& I, u32 m) {
   Cta& C = *E.cta;
   u32 l0 = __builtin_ctz(m);
   u32 id = w.r<u32>(I.a)[l0];
-  LANES(m) if (w.r<u32>(I.a)[lane] != id) fail_lane(lane, "barrier id differs between lanes");
+  LANES(m)
+  if (w.r<u32>(I.a)[lane] != id)
+    fail_lane(Fault::Barrier, lane, "barrier id differs between lanes");
   w.wsync = w.serial;
-  if (id > 15) fail("barrier id %u > 15", id);
+  if (id > 15) fail(Fault::Barrier, "barrier id %u > 15", id);
   Barrier& b = C.bars[id];
   bool implicit = I.b == NOREG;
   u32 cnt = implicit ? 0 : w.r<u32>(I.b)[l0];
   if (I.aligned && m != w.live)
-    fail("divergent barrier: %s executed by lanes 0x%08x while lanes 0x%08x of the warp are live",
+    fail(Fault::Barrier,
+         "divergent barrier: %s executed by lanes 0x%08x while lanes 0x%08x of the warp are live",
          I.op == 1 ? "bar.arrive" : "bar.sync", m, w.live);
   if (!implicit && (cnt == 0 || cnt % 32))
-    fail("barrier thread count %u is not a positive multiple of 32", cnt);
+    fail(Fault::Barrier, "barrier thread count %u is not a positive multiple of 32", cnt);
   if (!b.active) {
     b.active = true;
     b.implicit = implicit;
     b.expect = cnt;
     memset(&b.vc, 0, sizeof b.vc);
   } else if (b.implicit != implicit || b.expect != cnt)
-    fail("barrier %u used with different thread counts (%u, %u) in one phase", id,
+    fail(Fault::Barrier, "barrier %u used with different thread counts (%u, %u) in one phase", id,
          b.implicit ? C.live_threads : b.expect, implicit ? C.live_threads : cnt);
   b.arrived += I.aligned ? 32 : __builtin_popcount(m);
   b.lanes += __builtin_popcount(m);
   vc_release(E, w, b.vc);
   if (!b.implicit && b.arrived > b.expect)
-    fail("barrier %u: more threads (%u) arrive than its count %u", id, b.arrived, b.expect);
+    fail(Fault::Barrier, "barrier %u: more threads (%u) arrive than its count %u", id, b.arrived,
+         b.expect);
   if (I.op == 2) {
     u32 p = w.pr(I.c);
     if (I.neg) p = ~p;
@@ -429,4 +434,4 @@ bool decode_warp(Dec& d) {
   }
   return false;
 }
-}  // namespace ptxsim
+}  // namespace vsim

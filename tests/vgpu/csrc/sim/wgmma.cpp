@@ -2,7 +2,7 @@
 // operations must not be touched.  Each warp computes its own 16 rows of the 64-row tile.
 #include "fp.h"
 #include "gemm.h"
-namespace ptxsim {
+namespace vsim {
 static inline int bits_of(Ty t) {
   switch (t) {
     case F16:
@@ -25,8 +25,9 @@ struct DescAddr {
     lbo = (u32)((d >> 16) & 0x3fff) << 4;
     sbo = (u32)((d >> 32) & 0x3fff) << 4;
     sw = (int)(d >> 62);
-    if ((d >> 49) & 7) fail("wgmma matrix descriptor with a base offset is not supported");
-    if (mn && es != 2) fail("wgmma: transposed operands need a 16-bit type");
+    if ((d >> 49) & 7)
+      fail(Fault::Unsupported, "wgmma matrix descriptor with a base offset is not supported");
+    if (mn && es != 2) fail(Fault::Invalid, "wgmma: transposed operands need a 16-bit type");
   }
   u32 at(int mn, int k) const {
     u32 off;
@@ -269,9 +270,10 @@ void wgmma_retire(Exec& E, Warp& w, u32 allow, bool all) {
   }
 }
 static void h_wgmma(Exec& E, Warp& w, const Inst& I, u32 m) {
-  if (m != FULL) fail("wgmma executed with lanes 0x%08x active (all 32 are required)", m);
+  if (m != FULL)
+    fail(Fault::Barrier, "wgmma executed with lanes 0x%08x active (all 32 are required)", m);
   if ((E.cta->warps.size() & 3) && (w.id | 3) >= E.cta->warps.size())
-    fail("wgmma needs complete warpgroups of 4 warps");
+    fail(Fault::Invalid, "wgmma needs complete warpgroups of 4 warps");
   WgmmaOp o;
   o.move = false;
   o.mask = m;
@@ -281,7 +283,7 @@ static void h_wgmma(Exec& E, Warp& w, const Inst& I, u32 m) {
   o.db = w.r<u64>(I.b)[0];
   u32 p = w.pr(I.c);
   if (I.neg) p = ~p;
-  if (p != 0 && p != FULL) fail("wgmma scale-d differs between lanes");
+  if (p != 0 && p != FULL) fail(Fault::Invalid, "wgmma scale-d differs between lanes");
   o.scale_d = p != 0;
   int N = I.imm & 0xffff, K = (int)(I.imm >> 16), es = bits_of(I.t1) / 8;
   if (!I.flag) {
@@ -319,11 +321,13 @@ bool wgmma_check(Exec& E, Warp& w, const Inst& I, u32 m) {
   if (I.fn == h_wgmma) {
     for (size_t k = I.imm2; k < I.x.size(); k++)
       if (st(I.x[k]) == 1)
-        fail("wgmma reads as A a register that an outstanding wgmma (%s) still writes",
+        fail(Fault::Async,
+             "wgmma reads as A a register that an outstanding wgmma (%s) still writes",
              where().c_str());
     for (int k = 0; k < (int)I.imm2; k++)
       if (st(I.x[k]) == 2)
-        fail("wgmma accumulates into an A register of an outstanding wgmma (%s)", where().c_str());
+        fail(Fault::Async, "wgmma accumulates into an A register of an outstanding wgmma (%s)",
+             where().c_str());
     bool any = false, same = true;
     for (int k = 0; k < (int)I.imm2; k++)
       if (st(I.x[k])) any = true;
@@ -346,9 +350,9 @@ bool wgmma_check(Exec& E, Warp& w, const Inst& I, u32 m) {
         }
       }
     if (!same)
-      fail(
-          "wgmma reuses accumulator registers of an outstanding wgmma with a different shape or "
-          "order");
+      fail(Fault::Async,
+           "wgmma reuses accumulator registers of an outstanding wgmma with a different shape or "
+           "order");
     return false;
   }
   if (I.cls == C_WGMMA || I.kind == K_BRA) return false;
@@ -380,7 +384,8 @@ bool wgmma_check(Exec& E, Warp& w, const Inst& I, u32 m) {
       for (i32 r : written(I, true))
         if (r >= 0 && r != (i32)NOREG) {
           if (st(r) == 2)
-            fail("overwrites an A register of an outstanding wgmma (%s)", where().c_str());
+            fail(Fault::Async, "overwrites an A register of an outstanding wgmma (%s)",
+                 where().c_str());
           w.wgmap[r >> 6] = 1;
         }
       w.wg.push_back(o);
@@ -395,15 +400,18 @@ bool wgmma_check(Exec& E, Warp& w, const Inst& I, u32 m) {
     for (i32 q : I.x)
       if (st(q) == 1 && I.cls != C_CALL && I.cls != C_LDC) r = true;
   if (r)
-    fail("access to an accumulator register of an outstanding wgmma (%s) before wgmma.wait_group",
+    fail(Fault::Async,
+         "access to an accumulator register of an outstanding wgmma (%s) before wgmma.wait_group",
          where().c_str());
   if (st(I.d) == 2 && I.cls != C_STG && I.cls != C_STS)
-    fail("overwrites an A register of an outstanding wgmma (%s) before wgmma.wait_group",
+    fail(Fault::Async,
+         "overwrites an A register of an outstanding wgmma (%s) before wgmma.wait_group",
          where().c_str());
   if (I.cls == C_LDS || I.cls == C_LDG || I.cls == C_LDSM || (I.cls == C_MOV && I.d == (i32)NOREG))
     for (i32 q : I.x)
       if (st(q) == 2)
-        fail("overwrites an A register of an outstanding wgmma (%s) before wgmma.wait_group",
+        fail(Fault::Async,
+             "overwrites an A register of an outstanding wgmma (%s) before wgmma.wait_group",
              where().c_str());
   return false;
 }
@@ -497,4 +505,4 @@ bool decode_wgmma(Dec& d) {
       2.0 * 16 * N * K);
   return true;
 }
-}  // namespace ptxsim
+}  // namespace vsim
