@@ -23,6 +23,10 @@ def where() -> str:
     return "no GPU, neither real nor virtual"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "vgpu_arch(sm): a self test for one architecture")
+
+
 def pytest_report_header() -> str:
     return f"gpu: {where()}"
 
