@@ -132,10 +132,16 @@ class Profile:
 
 
 @contextlib.contextmanager
-def profile() -> Iterator[Profile]:
-    """Record the launches made inside, with their counters."""
+def profile(*, resources: bool = False, coverage: bool = False) -> Iterator[Profile]:
+    """Record the launches made inside, with their counters.
+
+    resources: also what ptxas allocates: regs, spill, stack, ctas_per_sm (half a second a kernel).
+    coverage: also unique_read_bytes and unique_written_bytes of global memory.
+    """
     p, first = Profile(), launch_count()
+    _lib().vgpu_record(int(resources), int(coverage))
     try:
         yield p
     finally:
+        _lib().vgpu_record(0, 0)
         p.launches = launches(first)

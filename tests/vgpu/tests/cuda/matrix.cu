@@ -152,9 +152,10 @@ M8(tf32_half, "tf32", "m16n8k4")
     for (int i = 0; i < 4; i++) d[AT(i)] = y[i];                                                \
   }
 MM(f16)
-MM(bf16) MM(tf32)
-    // f16 accumulators, loaded with ldmatrix
-    extern "C" __global__ void f16_acc(const char* a, const char* b, const uint4* c, u32* d) {
+MM(bf16)
+MM(tf32)
+// f16 accumulators, loaded with ldmatrix
+extern "C" __global__ void f16_acc(const char* a, const char* b, const uint4* c, u32* d) {
   __shared__ uint4 sc[16];
   u32 fa[4], fb[2], fc[2], r[2];
   int l = threadIdx.x;
@@ -355,11 +356,13 @@ __device__ void l_same(const uint4* x, u32* o) {
 L_(l_ldsm)
 L_(l_cpa)
 L_(l_cpw)
-L_(l_many) L_(l_loop) L_(l_same)
+L_(l_many)
+L_(l_loop)
+L_(l_same)
 #if __CUDA_ARCH__ >= 900
-    template <int N, bool T>
-    __device__ void sts(const u32* x, u32* o,
-                        int pitch) {  // o: the shared bytes, then the same from plain stores
+template <int N, bool T>
+__device__ void sts(const u32* x, u32* o,
+                    int pitch) {  // o: the shared bytes, then the same from plain stores
   extern __shared__ uint4 dyn[];
   char* s = (char*)dyn;
   int l = threadIdx.x, n = 8 * N * pitch;
