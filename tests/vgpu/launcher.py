@@ -33,7 +33,6 @@ def environment(
         VGPU_ARCH=str(arch),
         VGPU_SEED=str(seed),
         VGPU_CHECKS=checks,
-        VGPU_SIM=str(lib / "libvgpu_sim.so"),
         TRITON_LIBCUDA_PATH=str(lib),
         PYTEST_PLUGINS="vgpu.plugin",
     )

@@ -25,7 +25,7 @@ namespace {
 std::once_flag g_attach;
 void attach() {
   std::call_once(g_attach, [] {
-    if (!vgpu_block || getenv("PYTORCH_NO_CUDA_MEMORY_CACHING") || getenv("VGPU_NO_BLOCKS")) return;
+    if (!vgpu_block || getenv("PYTORCH_NO_CUDA_MEMORY_CACHING")) return;
     c10::cuda::CUDACachingAllocator::attachAllocatorTraceTracker(
         [](const c10::CachingDeviceAllocator::TraceEntry& e) {
           using T = c10::CachingDeviceAllocator::TraceEntry;

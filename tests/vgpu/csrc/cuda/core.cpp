@@ -155,9 +155,8 @@ int mem_alloc(size_t n, MemKind kind, void** out, const char* name) {
   if (p != (void*)at)
     mmap((void*)at, m, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE,
          -1, 0);
-  next = at + m + GUARD;  // the unmapped gap is the guard
-  if (kind == MK_DEVICE && !getenv("VGPU_NO_POISON"))
-    memset(hp(at), 0xff, m);  // NaN in every float format
+  next = at + m + GUARD;                           // the unmapped gap is the guard
+  if (kind == MK_DEVICE) memset(hp(at), 0xff, m);  // NaN in every float format
   Range r;
   r.base = at;
   r.size = n;
@@ -362,7 +361,7 @@ EXPORT void vgpu_block(int action, u64 addr, size_t size) {
       g_blocks[addr] = r;
       g_dead_blocks.erase(addr);
       Range* seg = find_in(g_mem, addr);
-      if (seg && !getenv("VGPU_NO_POISON"))
+      if (seg)
         memset(hp(addr), 0xff,
                std::min<size_t>((size + 511) / 512 * 512, seg->base + seg->mapped - addr));
       break;
@@ -656,7 +655,7 @@ int module_prepare(Module* m) {
   }
   return 0;
 }
-// Triton's cubins carry their PTX behind the ELF image in a vgpu process (see vgpu/_hooks.py).
+// Triton's cubins carry their PTX behind the ELF image (hooks.py).
 static const char* cubin_trailer(const char* c) {
   auto u16 = [&](size_t o) {
     uint16_t v;
@@ -750,9 +749,8 @@ void kernel_resources(Kernel* k) {
   for (auto& q : m->kernels) q.second->regs = 0;
   static std::vector<std::string> tools = [] {
     std::vector<std::string> v;
-    for (std::string c :
-         {std::string(env("CUDA_HOME", "/usr/local/cuda")) + "/bin/ptxas",
-          std::string("/usr/local/cuda-13.0/bin/ptxas"), std::string(env("VGPU_PTXAS"))})
+    for (std::string c : {std::string(env("VGPU_PTXAS")),
+                          env("CUDA_HOME", "/usr/local/cuda") + std::string("/bin/ptxas")})
       if (!access(c.c_str(), X_OK) && std::find(v.begin(), v.end(), c) == v.end()) v.push_back(c);
     if (!strcmp(env("VGPU_PTXAS"), "none")) v.clear();
     return v;
