@@ -1,6 +1,6 @@
 """python -m vgpu build
 python -m vgpu run [--arch 80|90] [--seed N] [--checks LIST] [--strict] [--mem MB] -- COMMAND
-python -m vgpu test [PYTEST ARGUMENTS]    the tests marked gpu, on a real GPU if there is one
+python -m vgpu test [--arch N] [--seed N] [--full] -- [PYTEST ARGUMENTS]
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import build
+from . import build, testing
 from .launcher import environment
 
 
@@ -29,14 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     r.add_argument("--strict", action="store_true", help="one guarded allocation per tensor")
     r.add_argument("--mem", type=int, default=0, help="device memory in MiB (default 2048)")
     r.add_argument("command", nargs=argparse.REMAINDER)
-    t = sub.add_parser("test", help="run the tests marked gpu")
-    t.add_argument("args", nargs=argparse.REMAINDER)
+    sub.add_parser("test", help="run the tests marked gpu")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["test"]:
+        return testing.main(argv[1:])
     a = p.parse_args(argv)
 
-    if a.cmd == "test":
-        from .testing import main as test
-
-        return test(a.args)
     t0 = time.monotonic()
     try:
         lib = build.libraries()

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import build
+from . import active, build, library
 
 VERSION = 1  # VSIM_VERSION
 CHECKS = {"race": 1, "init": 2, "lanes": 4}
@@ -107,7 +107,8 @@ class _Api(ctypes.Structure):
 
 @functools.cache
 def _api() -> _Api:
-    lib = ctypes.CDLL(str(build.libraries() / "libvgpu_sim.so"))
+    where = library("") if active() else build.libraries()
+    lib = ctypes.CDLL(str(where / "libvgpu_sim.so"))
     lib.vsim_get.restype = ctypes.POINTER(_Api)
     return lib.vsim_get(VERSION).contents
 

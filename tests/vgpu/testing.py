@@ -25,15 +25,18 @@ def real_gpu() -> str:
 
 
 def main(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m vgpu test", description=__doc__)
+    p = argparse.ArgumentParser(
+        prog="python -m vgpu test",
+        description=__doc__,
+        epilog="After --: arguments of pytest; without a path, the whole of tests/.",
+    )
     p.add_argument("--arch", type=int, choices=(80, 90), action="append", help="default: both")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--checks", default="all")
     p.add_argument("--virtual", action="store_true", help="even if there is a real GPU")
     p.add_argument("--full", action="store_true", help="also the simulator's long self tests")
-    p.add_argument("args", nargs="*", help="for pytest, after --; default: the whole of tests/")
-    a, rest = p.parse_known_args(argv)
-    args = [*rest, *a.args]
+    cut = argv.index("--") if "--" in argv else len(argv)
+    a, args = p.parse_args(argv[:cut]), argv[cut + 1 :]
     marks = "gpu" if a.full else "gpu and not vgpu_full"
     pytest = [sys.executable, "-m", "pytest", "-q", "--durations=8", "-m", marks, *args]
     if not any(Path(x.split("::")[0]).exists() for x in args if not x.startswith("-")):

@@ -5,7 +5,7 @@ import math
 import kernels as tk
 import pytest
 import torch
-from test_vgpu_triton import attn_ref, wgmma_forms
+from test_vgpu_triton import attn_ref, full, wgmma_forms
 from vgpu.sim import poison
 from vgpu.sim_triton import run
 
@@ -20,7 +20,7 @@ from vgpu.sim_triton import run
     ],
 )
 @pytest.mark.parametrize("ws", [False, True])
-@pytest.mark.parametrize("M,N", [(256, 256), (100, 184)])
+@pytest.mark.parametrize("M,N", [full(256, 256), (100, 184)])
 def test_attention_descriptor(dt, D, BM, BN, nw, ns, ws, M, N, arch):
     if ws and arch == 80:
         pytest.skip("no warp specialisation")

@@ -12,6 +12,13 @@ from vgpu.sim import poison
 from vgpu.sim_triton import run
 
 ARCH = [80, 90]
+
+
+def full(*values):
+    """Parameters of the long run only."""
+    return pytest.param(*values, marks=pytest.mark.vgpu_full)
+
+
 TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.int32: tl.int32}
 
 
@@ -26,7 +33,7 @@ def test_add(n, arch):
 
 @pytest.mark.parametrize("arch", ARCH)
 @pytest.mark.parametrize("dt", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("nw", [1, 4, 8])
+@pytest.mark.parametrize("nw", [full(1), 4, full(8)])
 def test_softmax(nw, dt, arch):
     x = torch.randn(5, 781).to(dt)
     o = poison(torch.empty_like(x))
@@ -232,7 +239,7 @@ def test_matmul_converted_operand(dt, ns):
 
 
 @pytest.mark.parametrize("arch", ARCH)
-@pytest.mark.parametrize("ta,tb", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("ta,tb", [full(True, False), full(False, True), (True, True)])
 @pytest.mark.parametrize("dt", [torch.float16, torch.bfloat16, torch.float32])
 def test_matmul_transposed(dt, ta, tb, arch):
     matmul(arch, 128, 128, 96, dt, dt, 64, 64, 32, 4, 3, ta=ta, tb=tb)
@@ -269,7 +276,7 @@ def test_matmul_fp8(arch):
     matmul(arch, 64, 64, 128, torch.float8_e4m3fn, torch.float32, 64, 64, 64, 4, 3)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, full(2), full(3), full(4), full(5)])
 def test_matmul_seeds(seed):
     matmul(80, 128, 64, 128, torch.float16, torch.float16, 64, 64, 32, 4, 4, seed=seed)
 
@@ -299,7 +306,7 @@ ATT = [
 @pytest.mark.parametrize("arch", ARCH)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dt,D,BM,BN,nw,ns,bwd", ATT)
-@pytest.mark.parametrize("M,N", [(192, 192), (75, 150), (130, 61)])
+@pytest.mark.parametrize("M,N", [full(192, 192), (75, 150), full(130, 61)])
 def test_attention(dt, D, BM, BN, nw, ns, bwd, M, N, causal, arch):
     H = 2
     torch.manual_seed(0)
