@@ -15,7 +15,8 @@ def test_torch_compile(sub, tmp_path):
     r = sub(
         """
         import torch, vgpu
-                w = torch.randn(40, 40, device="cuda", requires_grad=True)
+        import torch.nn.functional as F
+        w = torch.randn(40, 40, device="cuda", requires_grad=True)
         x = torch.randn(16, 40, device="cuda")
         def f(x, w): return (torch.sin(x @ w) * 2 + F.gelu(x)).softmax(-1).square().sum()
         a = f(x, w); (ga,) = torch.autograd.grad(a, w)

@@ -285,7 +285,8 @@ def attn_ref(q, k, v, causal, scale):
     """o and lse in float64; rows without a visible key give zero and -inf."""
     s = (q.double() @ k.double().transpose(-1, -2)) * scale
     M, N = s.shape[-2:]
-    see = torch.arange(N)[None, :] - torch.arange(M)[:, None] <= (N - M if causal else N)
+    m, n = torch.arange(M, device=s.device)[:, None], torch.arange(N, device=s.device)[None, :]
+    see = n - m <= (N - M if causal else N)
     s = s.masked_fill(~see, -math.inf)
     some = see.any(1)[:, None]
     return torch.where(
