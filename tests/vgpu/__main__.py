@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import build, testing
+from . import active, build, library, testing
 from .launcher import environment
 
 
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
     t0 = time.monotonic()
     try:
-        lib = build.libraries()
+        # a device inside a device: the libraries that already run
+        lib = library("") if active() and a.cmd == "run" else build.libraries()
     except build.BuildError as e:
         sys.exit(str(e))
     if a.cmd == "build":

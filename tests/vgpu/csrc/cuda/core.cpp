@@ -87,7 +87,7 @@ const Arch& arch() {
   return a;
 }
 
-// ------------------------------------------------------------------ errors
+// errors
 static int g_sticky = 0;
 static auto& g_report = *new std::string;  // never destroyed: torch frees memory at exit
 int sticky() { return g_sticky; }
@@ -99,7 +99,7 @@ void set_sticky(int code, const std::string& rep) {
   fflush(stderr);
 }
 
-// ------------------------------------------------------------------ memory
+// memory
 // Two reserved address ranges, so that simulated windows and host libraries never collide
 // with device pointers.  Addresses are not reused: a stale pointer is always a fault.
 static const u64 DEV_LO = 0x200000000000ull, DEV_HI = 0x300000000000ull,
@@ -386,7 +386,7 @@ EXPORT void vgpu_block(int action, u64 addr, size_t size) {
   }
 }
 
-// ------------------------------------------------------------------ simulator
+// simulator
 static const vsim_api* g_sim = nullptr;
 static const vsim_api* sim() {
   if (g_sim) return g_sim;
@@ -402,7 +402,7 @@ static const vsim_api* sim() {
   return g_sim;
 }
 
-// ------------------------------------------------------------------ modules
+// modules
 static std::string word(const std::string& s, size_t& i) {
   while (i < s.size() && isspace((unsigned char)s[i])) i++;
   size_t b = i;
@@ -852,7 +852,7 @@ int occupancy(Kernel* k, int threads, size_t dyn) {
   return n;
 }
 
-// ------------------------------------------------------------------ launches
+// launches
 static bool g_resources = false, g_coverage = false;
 static auto& g_log = *new std::vector<std::string>;
 static u64 g_nlaunch = 0, g_log_base = 0;
@@ -1133,7 +1133,7 @@ void reset_all() {
 }  // namespace vgpu
 using namespace vgpu;
 
-// ------------------------------------------------------------------ control ABI (Python)
+// control ABI (Python)
 static thread_local std::string t_json;
 EXPORT void vgpu_record(int resources, int coverage) {
   Lock l(g_mu);

@@ -30,7 +30,7 @@ std::string strf(const char* f, ...) __attribute__((format(printf, 1, 2)));
 extern std::recursive_mutex& g_mu;
 typedef std::lock_guard<std::recursive_mutex> Lock;
 
-// ------------------------------------------------------------------ memory
+// memory
 enum MemKind { MK_DEVICE, MK_HOST, MK_MANAGED, MK_MODULE };
 struct Range {
   u64 base = 0;
@@ -55,7 +55,7 @@ u8* hp(const void* p);
 inline u8* hp(u64 p) { return hp((const void*)p); }
 std::string mem_describe(u64 addr);
 
-// ------------------------------------------------------------------ modules
+// modules
 struct KParam {
   u32 size, align, off;
 };
@@ -92,7 +92,7 @@ void kernel_resources(Kernel*);
 std::string pick_ptx(const void* fatbin, const std::string& path, std::string& why, int* target);
 void parse_ptx(Module*);
 
-// ------------------------------------------------------------------ launches
+// launches
 struct LaunchArgs {
   u32 grid[3], block[3], cluster[3];
   size_t smem;
@@ -105,7 +105,7 @@ int encode_tensor_map(void* out, int dtype, int rank, u64 base, const uint64_t* 
                       const uint64_t* stride, const u32* box, const u32* es, int swizzle, int nan);
 int occupancy(Kernel*, int threads, size_t dyn);
 
-// ------------------------------------------------------------------ errors
+// errors
 int sticky();  // 0 or the error that broke the context
 void set_sticky(int code, const std::string& report);
 // The calling thread's last error; reset_all() voids every thread's.

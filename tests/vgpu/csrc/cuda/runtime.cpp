@@ -25,7 +25,7 @@ static inline E R(int e) { return (E)ret(e); }
     if (!(c)) return R(code); \
   } while (0)
 
-// ------------------------------------------------------------------ registration
+// registration
 struct Reg {
   Module* m;
 };
@@ -257,7 +257,7 @@ API E cudaOccupancyAvailableDynamicSMemPerBlock(size_t* o, const void* f, int nb
   return cudaSuccess;
 }
 
-// ------------------------------------------------------------------ device
+// device
 API E cudaGetDeviceCount(int* n) {
   *n = 1;
   return cudaSuccess;
@@ -493,7 +493,7 @@ API E cudaGetDeviceProperties(cudaDeviceProp* p, int d) {
   return cudaSuccess;
 }
 
-// ------------------------------------------------------------------ errors
+// errors
 API E cudaGetLastError() {
   int e = sticky() ? sticky() : get_last();
   set_last(0);
@@ -506,7 +506,7 @@ API E cudaPeekAtLastError() {
 API const char* cudaGetErrorName(E e) { return err_name(e); }
 API const char* cudaGetErrorString(E e) { return err_string(e); }
 
-// ------------------------------------------------------------------ memory
+// memory
 API E cudaMalloc(void** p, size_t n) {
   STICKY();
   NEED(p, 1);
@@ -718,7 +718,7 @@ API E cudaDeviceGetGraphMemAttribute(int, cudaGraphMemAttributeType, void* v) {
 API E cudaDeviceSetGraphMemAttribute(int, cudaGraphMemAttributeType, void*) { return cudaSuccess; }
 API E cudaDeviceGraphMemTrim(int) { return cudaSuccess; }
 
-// ------------------------------------------------------------------ streams: everything runs at
+// streams: everything runs at
 // once, in call order
 static u64 g_sid = 1;
 static Stream* st(cudaStream_t s) { return (u64)s <= 2 ? nullptr : (Stream*)s; }
@@ -810,7 +810,7 @@ API E cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
   return R(801);
 }
 
-// ------------------------------------------------------------------ events
+// events
 API E cudaEventCreateWithFlags(cudaEvent_t* e, unsigned f) {
   STICKY();
   Event* v = new Event;
@@ -857,7 +857,7 @@ API E cudaIpcGetEventHandle(cudaIpcEventHandle_t*, cudaEvent_t) {
   return R(801);
 }
 
-// ------------------------------------------------------------------ driver entry points and
+// driver entry points and
 // libraries
 void* vgpu_driver_symbol(const char* name);
 API E cudaGetDriverEntryPointByVersion(const char* n, void** f, unsigned, unsigned long long,

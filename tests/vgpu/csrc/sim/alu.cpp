@@ -35,7 +35,7 @@ struct Wide<i64> {
   typedef __int128 t;
 };
 
-// ---- integer
+// integer
 HD(h_add) {
   lanes2<T, T, T>(w, I, m, [](T a, T b) -> T { return a + b; });
 }
@@ -380,7 +380,7 @@ static void h_x2(Exec&, Warp& w, const Inst& I, u32 m) {  // u16x2 / s16x2 add,m
   }
 }
 
-// ---- f32/f64
+// f32/f64
 static inline float fl(float x) { return ftzf(x); }
 static inline double fl(double x) { return x; }
 template <class T>
@@ -577,7 +577,7 @@ static void h_testp(Exec&, Warp& w, const Inst& I, u32 m) {
   w.pr(I.d) = (w.pr(I.d) & ~m) | r;
 }
 
-// ---- half types: registers viewed as arrays of 16-bit elements (32 or 64 of them)
+// half types: registers viewed as arrays of 16-bit elements (32 or 64 of them)
 enum {
   HO_ADD,
   HO_SUB,
@@ -686,7 +686,7 @@ static void h_half(Exec&, Warp& w, const Inst& I, u32 m) {
       }
 }
 
-// ---- compare
+// compare
 enum {
   CO_EQ,
   CO_NE,
@@ -916,7 +916,7 @@ HD(h_slct) {
     d[lane] = ge ? a[lane] : b[lane];
   }
 }
-// ---- predicates, mov
+// predicates, mov
 static void h_plogic(Exec&, Warp& w, const Inst& I, u32 m) {
   u32 a = w.pr(I.a), b = I.b == NOREG ? 0 : w.pr(I.b);
   if (I.neg) a = ~a;

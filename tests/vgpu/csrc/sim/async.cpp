@@ -131,7 +131,7 @@ static void h_mbar(Exec& E, Warp& w, const Inst& I, u32 m) {
     }
   }
 }
-// ---------------------------------------------------------------- tensor maps
+// tensor maps
 static const int ESZ[13] = {1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4};
 static TMap load_tmap(Exec& E, u64 a, int lane) {
   if (a & 63)
@@ -512,7 +512,7 @@ static void h_cp_mbar(Exec& E, Warp& w, const Inst& I, u32 m) {
     C.tma.push_back(o);
   }
 }
-// ---------------------------------------------------------------- tensormap.replace /
+// tensormap.replace /
 // cp_fenceproxy
 enum {
   TF_ADDR,

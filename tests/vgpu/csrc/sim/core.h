@@ -1,5 +1,5 @@
-// Shared types of the simulator. shared types.  Layers: parser -> decode -> instruction handlers
-// (alu, cvt, mem, warpops, tensor, async) -> scheduler -> C ABI (api.cpp).
+// Shared types of the simulator. Layers: parser -> decode -> instruction handlers
+// (alu, cvt, mem, warp, tensor, async, wgmma) -> sched -> the C table of vsim.h (api).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -62,7 +62,7 @@ struct SimError {
     __attribute__((format(printf, 4, 5)));
 std::string strf(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 
-// ---------------------------------------------------------------- types
+// types
 enum Ty : u8 {
   T_NONE,
   B8,
@@ -115,7 +115,7 @@ static const u64 GLOBAL_BASE = 0x00007f0000000000ull;
 static const u64 FUNC_BASE = 0x00007b0000000000ull;  // function "addresses" (indirect calls)
 static const u32 SMEM_START = 1024;                  // first usable shared address (as on sm_90)
 
-// ---------------------------------------------------------------- AST
+// AST
 struct Operand {
   enum Kind : u8 { None, Reg, Imm, FImm, Sym, Vec, Mem, Sink, Label, Paren } kind = None;
   bool neg = false;         // !p  or -reg
@@ -362,7 +362,7 @@ enum SpecialReg {
 static const u32 SR_BYTES = SR_N * 256;  // each slot 256 bytes (room for 64-bit)
 inline i32 sr_off(int s) { return -(i32)SR_BYTES + s * 256; }
 
-// ---------------------------------------------------------------- machine state
+// machine state
 enum GState : u8 { G_READY, G_WSYNC, G_WBAR };
 struct Group {
   u32 pc, mask;
@@ -574,7 +574,7 @@ void run_launch(Exec& E);
 void check_barriers(Exec& E, Cta& C);
 void barrier_arrive(Exec& E, Warp& w, const Inst& I, u32 m);
 
-// ---------------------------------------------------------------- memory (mem.cpp)
+// memory (mem.cpp)
 u8* global_ptr(Exec& E, u64 addr, u32 size, int lane, const char* what, bool write);
 u8* smem_ptr(Exec& E, u64 addr, u32 size, int lane, const char* what);
 void sm_read(Exec& E, Warp& w, u32 addr, u32 n, int lane);  // checks before a read
@@ -595,7 +595,7 @@ bool tma_force(Exec& E, Cta& C);
 bool wgmma_check(Exec& E, Warp& w, const Inst& I, u32 m);  // true: the instruction was deferred
 void wgmma_retire(Exec& E, Warp& w, u32 allow, bool all);
 
-// ---------------------------------------------------------------- decode support
+// decode support
 struct Dec {
   Module& M;
   Function& F;

@@ -246,7 +246,7 @@ void Dec::addr(const Operand& m, i32& base, i64& off, u8& bsize, Space* sp) {
     bad("address operand");
 }
 
-// ------------------------------------------------------------ control flow
+// control flow
 static void h_never(Exec&, Warp&, const Inst&, u32) {
   fail(Fault::Unsupported, "internal: control instruction executed as ALU");
 }

@@ -343,7 +343,7 @@ static void h_st(Exec& E, Warp& w, const Inst& I, u32 m) {
     smem_stats(E, sa, sm, tot, true);
   }
 }
-// ---------------------------------------------------------------- atomics
+// atomics
 enum { AO_ADD, AO_AND, AO_OR, AO_XOR, AO_INC, AO_DEC, AO_MIN, AO_MAX, AO_EXCH, AO_CAS };
 template <class T>
 static T aop(int op, T o, T b, T c) {
@@ -527,7 +527,7 @@ static void h_atom(Exec& E, Warp& w, const Inst& I, u32 m) {
   }
   if (sm) smem_stats(E, sa, sm, tot, true);
 }
-// ---------------------------------------------------------------- ldmatrix / stmatrix
+// ldmatrix / stmatrix
 static void need_full(Exec& E, Warp& w, u32 m) {
   if (m != FULL)
     fail(Fault::Barrier,
@@ -610,7 +610,7 @@ static void h_movmatrix(Exec& E, Warp& w, const Inst& I, u32 m) {
     for (int c = 0; c < 8; c++) t[8 * c + r] = s[8 * r + c];
   memcpy(w.r<u16>(I.d), t, 128);
 }
-// ---------------------------------------------------------------- cp.async
+// cp.async
 static void h_cpasync(Exec& E, Warp& w, const Inst& I, u32 m) {
   AsyncCopy c;
   c.seq = ++w.async_seq;

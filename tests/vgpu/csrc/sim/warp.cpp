@@ -155,7 +155,7 @@ static void h_warpsync(Exec& E, Warp& w, const Inst& I, u32 m) {
 }
 static void h_yield(Exec&, Warp& w, const Inst&, u32) { w.ctl = CTL_YIELD; }
 
-// ---------------------------------------------------------------- CTA barriers
+// CTA barriers
 static void complete(Exec& E, Cta& C, Barrier& b) {
   for (auto& x : b.waiting) {
     Warp& w = C.warps[x.warp];
