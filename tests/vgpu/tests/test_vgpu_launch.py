@@ -1,5 +1,9 @@
 """Triton kernels through Triton's own launcher; the module it loads is the PTX."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import kernels
 import pytest
 import torch
@@ -232,3 +236,23 @@ def test_structured_fault():
     with pytest.raises(RuntimeError, match="illegal memory access"):
         add_nomask[(4,)](x, o, BLOCK=256)
     assert vgpu.sticky() == 700 and vgpu.launches()[-1]["fault"] == "address"
+
+
+@pytest.mark.vgpu_arch(80)
+def test_a_swallowed_fault_fails_its_test(tmp_path):
+    (tmp_path / "test_it.py").write_text(f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_vgpu_launch import add_nomask
+
+def test_one():
+    try: add_nomask[(4,)](*(torch.zeros(n, device="cuda") for n in (1000, 1024)), BLOCK=256)
+    except RuntimeError: pass
+
+def test_two():
+    assert (torch.ones(3, device="cuda") + 1).sum() == 6
+""")
+    cmd = [sys.executable, "-m", "pytest", "-q", "test_it.py"]
+    r = subprocess.run(cmd, cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 1 and "broke a rule of the virtual GPU" in r.stdout
+    assert "2 passed, 1 error" in r.stdout and "virtual GPU sm_80, simulated" in r.stdout

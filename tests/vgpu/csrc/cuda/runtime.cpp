@@ -718,8 +718,7 @@ API E cudaDeviceGetGraphMemAttribute(int, cudaGraphMemAttributeType, void* v) {
 API E cudaDeviceSetGraphMemAttribute(int, cudaGraphMemAttributeType, void*) { return cudaSuccess; }
 API E cudaDeviceGraphMemTrim(int) { return cudaSuccess; }
 
-// streams: everything runs at
-// once, in call order
+// streams: everything runs at once, in call order
 static u64 g_sid = 1;
 static Stream* st(cudaStream_t s) { return (u64)s <= 2 ? nullptr : (Stream*)s; }
 static bool bad(cudaStream_t s) {
@@ -857,8 +856,7 @@ API E cudaIpcGetEventHandle(cudaIpcEventHandle_t*, cudaEvent_t) {
   return R(801);
 }
 
-// driver entry points and
-// libraries
+// driver entry points and libraries
 void* vgpu_driver_symbol(const char* name);
 API E cudaGetDriverEntryPointByVersion(const char* n, void** f, unsigned, unsigned long long,
                                        cudaDriverEntryPointQueryResult* q) {

@@ -512,8 +512,7 @@ static void h_cp_mbar(Exec& E, Warp& w, const Inst& I, u32 m) {
     C.tma.push_back(o);
   }
 }
-// tensormap.replace /
-// cp_fenceproxy
+// tensormap.replace / cp_fenceproxy
 enum {
   TF_ADDR,
   TF_RANK,
