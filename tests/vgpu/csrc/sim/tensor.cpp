@@ -213,7 +213,8 @@ static void h_mma_d(Exec&, Warp& w, const Inst& I, u32 m) {
     for (int i = 0; i < per; i++)
       w.r<double>(I.x[o + i])[l] = D[(l >> 2) + 8 * (i >> 1)][(l & 3) * 2 + (i & 1)];
 }
-// wmma: the fragment layout is unspecified by the ISA; here lane l owns elements [l*p, (l+1)*p) of the row-major tile.
+// wmma: the ISA leaves the fragment layout open; here lane l owns elements [l*p, (l+1)*p) of the
+// tile
 struct WShape {
   int m, n, k;
 };
