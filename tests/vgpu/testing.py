@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     a, args = p.parse_args(argv[:cut]), argv[cut + 1 :]
     marks = "gpu" if a.full else "gpu and not vgpu_full"
-    pytest = [sys.executable, "-m", "pytest", "-q", "--durations=8", "-m", marks, *args]
+    pytest = [sys.executable, "-m", "pytest", "--durations=8", "-m", marks, *args]
     if not any(Path(x.split("::")[0]).exists() for x in args if not x.startswith("-")):
         pytest.append(str(TESTS))
 
