@@ -40,17 +40,30 @@ def _search(tiles: Tiles, x: Tensor, y: Tensor, rows: slice, keys: Tensor) -> No
             found = s[at]
         if found.shape[0] == 0:
             continue
-        new = _keys(found, cols.start).topk(min(k, found.shape[1]), dim=1).values
+        new = _tile_topk(found, cols.start, min(k, found.shape[1]))
         best = torch.cat([keys[at], new], 1).topk(k, dim=1).values
         keys[at] = best
         bits = (best[:, -1] >> 32).to(torch.int32)
         worst[at] = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-def _keys(s: Tensor, start: int) -> Tensor:
+def _tile_topk(s: Tensor, start: int, k: int) -> Tensor:
+    """The k greatest keys of each row, unordered; whole rows become keys only where torch.topk had
+    to choose between equal scores, or met NaN."""
+    values, index = s.topk(k, dim=1, sorted=False)
+    least = values.amin(1, keepdim=True)
+    chosen = (s == least).sum(1) > (values == least).sum(1)
+    keys = _keys(values, index + start)
+    at = (chosen | values.isnan().any(1)).nonzero().squeeze(1)
+    if at.shape[0] > 0:
+        every = torch.arange(start, start + s.shape[1], device=s.device)
+        keys[at] = _keys(s[at], every).topk(k, dim=1, sorted=False).values
+    return keys
+
+
+def _keys(s: Tensor, index: Tensor) -> Tensor:
     """int64 that orders as (score descending, index ascending) does; NaN above all, -0 as 0."""
     s = torch.where(s != s, float("nan"), s + 0.0)
     bits = s.view(torch.int32)
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
-    index = torch.arange(start, start + s.shape[1], device=s.device)
     return (order << 32) | (_LOW - index)
