@@ -27,8 +27,8 @@ def cached_backward(
 
     Args:
         model: encoder, a plain module, DDP (gradients are reduced once, with the last chunk) or
-            FSDP2. Its outputs are rows [n, ...], joined along dim 0, or scalars such as
-            logit_scale, equal for all chunks.
+            FSDP2 (which wants as many chunks on every rank). Its outputs are rows [n, ...], joined
+            along dim 0, or scalars such as logit_scale, equal for all chunks.
         chunks: inputs of `model`, one call each; they are kept until the end.
         loss: of the joined outputs; `group=` inside it makes the batch that of all ranks.
     Returns: the loss, without graph; gradients are in `.grad`.

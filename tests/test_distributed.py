@@ -1,4 +1,4 @@
-"""The ring over ranks against one process: gloo groups of 1, 2, 3 and 4 out of one spawn.
+"""The ring over ranks against one process: gloo groups of 1, 2, 3 and 4 out of one start.
 
 Workers run every case and save what they got; the tests compare it here with the same call on the
 concatenation. Rows per rank are uneven, one rank has none.
@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import multiprocessing
 import os
 import time
 
@@ -21,9 +22,10 @@ from fusedmm import distributed
 from fusedmm.grad_cache import cached_backward
 
 WORLD = 4
-GROUPS = {1: [2], 2: [3, 1], 3: [0, 1, 2], 4: [0, 1, 2, 3]}
+GROUPS = {1: [2], 2: [1, 3], 3: [0, 1, 2], 4: [0, 1, 2, 3]}
 ROWS = [5, 3, 0, 6]
-TIMEOUT = datetime.timedelta(seconds=8)
+TIMEOUT = datetime.timedelta(seconds=60)
+DEAD_TIMEOUT = datetime.timedelta(seconds=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +165,7 @@ def worker(rank: int, folder: str) -> None:
     results["refusals"] = refusals(group, rank)
     results["ddp"] = train(group, rank)
     results["fsdp"] = fsdp_step(group)
-    results["dead"] = with_a_dead_rank(groups, rank, folder, results)
+    with_a_dead_rank(rank, folder, results)
 
 
 def count_bytes(group, rank: int) -> list[int]:
@@ -277,19 +279,20 @@ def fsdp_step(group) -> list[torch.Tensor]:
     loss(*model(pair)).backward()
     step = [p.grad.full_tensor() for p in model.parameters()]
     model.zero_grad()
-    cached_backward(model, list(zip(*(t.split(2) for t in pair), strict=True)), loss)
+    cached_backward(model, list(zip(*(t.tensor_split(2) for t in pair), strict=True)), loss)
     return [step, [p.grad.full_tensor() for p in model.parameters()]]
 
 
-def with_a_dead_rank(groups, rank: int, folder: str, results: dict):
+def with_a_dead_rank(rank: int, folder: str, results: dict) -> None:
     """Rank 3 leaves before the call; the others must raise in time. Saves the results."""
+    group = dist.new_group(timeout=DEAD_TIMEOUT)
     if rank == 3:
         torch.save(results, f"{folder}/{rank}.pt")
         os._exit(0)
     start = time.monotonic()
     x = torch.randn(3, 4)
     try:
-        fusedmm.contrastive_loss(x, x, 1.0, group=groups[4])
+        fusedmm.contrastive_loss(x, x, 1.0, group=group)
         said = "nothing"
     except RuntimeError as error:
         said = str(error)
@@ -301,7 +304,9 @@ def with_a_dead_rank(groups, rank: int, folder: str, results: dict):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(worker, (folder,), nprocs=WORLD)
+    # One server imports torch, and forks the ranks: a third of the time of four spawns.
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "fusedmm"])
+    mp.start_processes(worker, (folder,), nprocs=WORLD, start_method="forkserver")
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
 
 
@@ -323,6 +328,8 @@ def test_equals_one_process(results, world, case):
         for g in got:
             assert torch.equal(g["out"][0], got[0]["out"][0]), "the same number on every rank"
             close(g["out"][0], truth["out"][0], rtol=1e-6 if not exact else 1e-11)
+    if case.dtype == torch.float32:
+        close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     if case.dtype == torch.bfloat16:  # a hop's gradient is rounded before it is added
         close = functools.partial(torch.testing.assert_close, rtol=2**-6, atol=2e-3)
     factor = 1.0 if per_row else 1.0 / world  # rows live on one rank: the mean divides by world
@@ -379,7 +386,7 @@ def test_a_dead_rank_is_an_error_in_time(results):
         assert said == (
             "contrastive_loss: group: a rank failed or did not answer within the group's timeout"
         )
-        assert seconds < TIMEOUT.total_seconds() + 5
+        assert seconds < DEAD_TIMEOUT.total_seconds() + 5
 
 
 def single_process() -> tuple[list, list]:

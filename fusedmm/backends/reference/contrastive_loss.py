@@ -52,11 +52,7 @@ def fwd(
 ) -> tuple[Tensor, Tensor]:
     """stats_x [6, G, M], stats_y [6, G, N]: lse of negatives, lse / sum / count of positives, sum /
     count of all. logit_scale is [G, M] or [1]; zeros where not wanted."""
-    s = (
-        logit_scale.view(-1, logit_scale.shape[-1], 1)
-        * unit(x, normalize)[0]
-        @ unit(y, normalize)[0].mT
-    )
+    s = logit_scale[..., None] * unit(x, normalize)[0] @ unit(y, normalize)[0].mT
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
     return _stats(s, pos, out), _stats(s.mT, pos.mT, out.mT)
 
@@ -79,7 +75,7 @@ def bwd(
     """
     xh, inv_x = unit(x, normalize)
     yh, inv_y = unit(y, normalize)
-    scale = logit_scale.view(-1, logit_scale.shape[-1], 1)  # [G, M, 1] or [1, 1, 1]
+    scale = logit_scale[..., None]  # [G, M, 1] or [1, 1]
     dots = xh @ yh.mT
     s = scale * dots
     pos, out = matches(positives, ids_x, ids_y, ignore, s)

@@ -14,7 +14,7 @@ def reject(problem) -> list[str]:
 
 def fwd(x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize) -> Tensor:
     """Row sums of softplus(-z * s), [G, M]; logit_scale [G, M] or [1], logit_bias [1]."""
-    scale = logit_scale.view(-1, logit_scale.shape[-1], 1)
+    scale = logit_scale[..., None]
     s = scale * unit(x, normalize)[0] @ unit(y, normalize)[0].mT + logit_bias
     pos, _ = matches(positives, ids_x, ids_y, False, s)
     return -logsigmoid(torch.where(pos, s, -s)).sum(-1)
@@ -26,7 +26,7 @@ def bwd(
     """Gradients of (x, y, logit_scale [G, M], logit_bias [G, M]) where `needs`; dloss [G, M]."""
     xh, inv_x = unit(x, normalize)
     yh, inv_y = unit(y, normalize)
-    scale = logit_scale.view(-1, logit_scale.shape[-1], 1)
+    scale = logit_scale[..., None]
     dots = xh @ yh.mT
     s = scale * dots + logit_bias
     pos, _ = matches(positives, ids_x, ids_y, False, s)
