@@ -30,7 +30,7 @@ def lines() -> list[str]:
 
 
 def state(name: str) -> str:
-    """ "on", or why backend `name` cannot run an ordinary call on its own device."""
+    """"on", or why backend `name` cannot run an ordinary call on its own device."""
     device = "cuda" if name in ("cuda", "triton") else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         return "off: no CUDA device"
