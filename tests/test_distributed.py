@@ -160,12 +160,24 @@ def worker(rank: int, folder: str) -> None:
         for case in CASES:
             data = make(case, world)
             results[world, str(case)] = [run(case, data, group, here) for _ in range(2)]
+    if rank in GROUPS[1]:
+        results["compiled"] = compiled(groups[1])
     group = groups[4]
     results["bytes"] = count_bytes(group, rank)
     results["refusals"] = refusals(group, rank)
     results["ddp"] = train(group, rank)
     results["fsdp"] = fsdp_step(group)
     with_a_dead_rank(rank, folder, results)
+
+
+def compiled(group) -> list[torch.Tensor]:
+    """A compiled function with the ring inside, and the same without torch.compile."""
+
+    def step(x, y):
+        return 2 * fusedmm.contrastive_loss(x.tanh(), y, 3.0, group=group)
+
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    return [torch.compile(step, backend="eager")(x, y), step(x, y)]
 
 
 def count_bytes(group, rank: int) -> list[int]:
@@ -350,6 +362,11 @@ def test_repeats_bit_for_bit(results, world):
             for key in ("out", "grads"):
                 for a, b in zip(first[key], second[key], strict=True):
                     assert torch.equal(a, b), (str(case), key)
+
+
+def test_compiled_code_may_call_the_ring(results):
+    got, expected = results[GROUPS[1][0]]["compiled"]
+    assert torch.equal(got, expected)
 
 
 def test_bytes_per_rank(results):

@@ -12,6 +12,7 @@ import torch
 import fusedmm
 from fusedmm.backends.tiled import tiles
 
+# Not the `backend` of conftest.py: tiles need no extension.
 BACKENDS = ["cpu", "reference"]
 SHAPES = [(16, 16, 8), (5, 7, 3), (1, 9, 4), (9, 1, 4), (200, 333, 17), (0, 4, 3), (4, 0, 3)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -36,13 +37,13 @@ def lexicographic_topk(s, k):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_topk_ties_by_lowest_index(backend, shape, dtype):
+@pytest.mark.parametrize("path", BACKENDS)
+def test_topk_ties_by_lowest_index(path, shape, dtype):
     M, N, D = shape
     x, y = integers(M, D, dtype=dtype), integers(N, D, seed=1, dtype=dtype)
     s = x.double() @ y.double().T
     for k in {0, min(1, N), min(3, N), N}:
-        values, indices = fusedmm.similarity_topk(x, y, k, backend=backend)
+        values, indices = fusedmm.similarity_topk(x, y, k, backend=path)
         expected = lexicographic_topk(s, k)
         assert torch.equal(indices, expected)
         assert values.dtype == torch.float32
@@ -50,8 +51,8 @@ def test_topk_ties_by_lowest_index(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ranks_count_ties_against(backend, shape):
+@pytest.mark.parametrize("path", BACKENDS)
+def test_ranks_count_ties_against(path, shape):
     M, N, D = shape
     x, y = integers(M, D), integers(N, D, seed=1)
     positives = torch.randint(0, max(N, 1), (M,), generator=torch.Generator().manual_seed(2))
@@ -60,39 +61,37 @@ def test_ranks_count_ties_against(backend, shape):
         sum(v >= row[p] for j, v in enumerate(row) if j != p) if p < N else N
         for row, p in zip(s, positives.tolist(), strict=True)
     ]
-    ranks = fusedmm.retrieval_ranks(x, y, positives, backend=backend)
+    ranks = fusedmm.retrieval_ranks(x, y, positives, backend=path)
     assert ranks.dtype == torch.int64 and ranks.tolist() == expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ranks_of_equal_columns_are_equal(backend):
+@pytest.mark.parametrize("path", BACKENDS)
+def test_ranks_of_equal_columns_are_equal(path):
     """Copies of the positive must tie bit for bit wherever their tile is, also ragged ones."""
     x = torch.randn(70, 33, generator=torch.Generator().manual_seed(0))
     y = torch.randn(1, 33, generator=torch.Generator().manual_seed(1)).expand(150, 33)
-    ranks = fusedmm.retrieval_ranks(x, y, torch.arange(70) * 2, backend=backend)
+    ranks = fusedmm.retrieval_ranks(x, y, torch.arange(70) * 2, backend=path)
     assert ranks.tolist() == [149] * 70
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ranks_outside_and_default(backend):
+@pytest.mark.parametrize("path", BACKENDS)
+def test_ranks_outside_and_default(path):
     x = integers(4, 6)
-    assert fusedmm.retrieval_ranks(x, x, torch.tensor([-1, 4, 9, 2]), backend=backend)[
+    assert fusedmm.retrieval_ranks(x, x, torch.tensor([-1, 4, 9, 2]), backend=path)[
         :3
     ].tolist() == [4, 4, 4]
     eye = torch.eye(5)
-    assert fusedmm.retrieval_ranks(eye, eye, backend=backend).tolist() == [0] * 5
+    assert fusedmm.retrieval_ranks(eye, eye, backend=path).tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_match_is_mutual_best(backend, shape):
+@pytest.mark.parametrize("path", BACKENDS)
+def test_match_is_mutual_best(path, shape):
     M, N, D = shape
     generator = torch.Generator().manual_seed(3)
     x, y = torch.randn(M, D, generator=generator), torch.randn(N, D, generator=generator)
     for threshold in (0.0, 0.2):
-        pairs, confidence = fusedmm.dual_softmax_match(
-            x, y, 2.0, threshold=threshold, backend=backend
-        )
+        pairs, confidence = fusedmm.dual_softmax_match(x, y, 2.0, threshold=threshold, backend=path)
         s = 2.0 * x.double() @ y.double().T
         p = (s - s.logsumexp(0) + s - s.logsumexp(1, keepdim=True)).exp()
         expected = [
@@ -110,12 +109,12 @@ def test_match_is_mutual_best(backend, shape):
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_match_survives_underflow_of_p(backend):
+@pytest.mark.parametrize("path", BACKENDS)
+def test_match_survives_underflow_of_p(path):
     """At scale 1e4 most of p underflows; the mutual best are still the exact pairs."""
     x = torch.nn.functional.normalize(torch.randn(130, 16, generator=torch.Generator()), dim=1)
     order = torch.randperm(130, generator=torch.Generator().manual_seed(5))
-    pairs, confidence = fusedmm.dual_softmax_match(x, x[order], 1e4, backend=backend)
+    pairs, confidence = fusedmm.dual_softmax_match(x, x[order], 1e4, backend=path)
     assert torch.equal(order[pairs[:, 1]], pairs[:, 0]) and len(pairs) == 130
     assert torch.isfinite(confidence).all() and (confidence > 0.99).all()
 
@@ -145,19 +144,19 @@ def test_leading_dimensions_and_strides():
             assert torch.equal(ranks[a, b], r)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_stays_in_its_row_and_never_wins_a_rank(backend):
+@pytest.mark.parametrize("path", BACKENDS)
+def test_nan_stays_in_its_row_and_never_wins_a_rank(path):
     x, y = integers(80, 5), integers(80, 5, seed=1)
-    clean = fusedmm.retrieval_ranks(x, y, backend=backend)
+    clean = fusedmm.retrieval_ranks(x, y, backend=path)
     x[3, 2] = float("nan")
-    ranks = fusedmm.retrieval_ranks(x, y, backend=backend)
+    ranks = fusedmm.retrieval_ranks(x, y, backend=path)
     assert ranks[3] == 79
     keep = torch.arange(80) != 3
     assert torch.equal(ranks[keep], clean[keep])
-    values, indices = fusedmm.similarity_topk(x, y, 2, backend=backend)
+    values, indices = fusedmm.similarity_topk(x, y, 2, backend=path)
     assert values[3].isnan().all() and indices[3].tolist() == [0, 1]
     assert not values[keep].isnan().any()
-    pairs, confidence = fusedmm.dual_softmax_match(x, y, 1.0, backend=backend)
+    pairs, confidence = fusedmm.dual_softmax_match(x, y, 1.0, backend=path)
     assert not confidence.isnan().any()
 
 
@@ -183,28 +182,28 @@ def test_topk_gradient_of_the_tiled_backend():
         torch.testing.assert_close(got.grad, expected.grad)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_compile_and_autocast(backend):
+@pytest.mark.parametrize("path", BACKENDS)
+def test_opcheck_compile_and_autocast(path):
     ops = torch.ops.fusedmm
     x, y = integers(6, 4), integers(9, 4, seed=1)
     positives = torch.arange(6)[None]
     torch.library.opcheck(
-        ops.similarity_topk_fwd, (x[None].requires_grad_(), y[None], 3, True, backend)
+        ops.similarity_topk_fwd, (x[None].requires_grad_(), y[None], 3, True, path)
     )
-    torch.library.opcheck(ops.retrieval_ranks_fwd, (x[None], y[None], positives, False, backend))
-    torch.library.opcheck(ops.dual_softmax_match_fwd, (x.detach(), y, torch.ones(1), backend))
+    torch.library.opcheck(ops.retrieval_ranks_fwd, (x[None], y[None], positives, False, path))
+    torch.library.opcheck(ops.dual_softmax_match_fwd, (x.detach(), y, torch.ones(1), path))
     x = x.detach()
     compiled = torch.compile(
-        lambda x, y: fusedmm.similarity_topk(x, y, 3, backend=backend),
+        lambda x, y: fusedmm.similarity_topk(x, y, 3, backend=path),
         fullgraph=True,
         backend="aot_eager",
     )
     for got, expected in zip(
-        compiled(x, y), fusedmm.similarity_topk(x, y, 3, backend=backend), strict=True
+        compiled(x, y), fusedmm.similarity_topk(x, y, 3, backend=path), strict=True
     ):
         assert torch.equal(got, expected)
     with torch.autocast("cpu", torch.bfloat16):
-        values, _ = fusedmm.similarity_topk(x * 91, y * 93, 3, backend=backend)
+        values, _ = fusedmm.similarity_topk(x * 91, y * 93, 3, backend=path)
     assert values.dtype == torch.float32
     exact = (x * 91).bfloat16().double() @ (y * 93).bfloat16().double().T
     torch.testing.assert_close(values.double(), exact.topk(3).values, rtol=1e-6, atol=0)
