@@ -1,4 +1,4 @@
-"""What is installed and what runs here: versions, instruction set, each backend and why it is off."""
+"""What is installed and runs here: versions, instruction set, each backend and why it is off."""
 
 import platform
 

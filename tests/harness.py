@@ -298,5 +298,5 @@ def check_meta(case: Case) -> None:
     for name, got in zip(output_names(case), out, strict=True):
         assert (got.shape, got.dtype) == (want[name].shape, want[name].dtype), name
     sum(o.sum() for o in out).backward()
-    for name, leaf in meta.tensors.items():
+    for leaf in meta.tensors.values():
         assert leaf.grad.shape == leaf.shape

@@ -56,9 +56,9 @@ def matches(
 def fwd(
     x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
 ) -> tuple[Tensor, Tensor]:
-    """stats_x [6, G, M], stats_y [6, G, N] fp64: lse of negatives, lse / sum / count of positives, sum /
-    count of all. logit_scale is [G, M] or [1]; zeros where not wanted."""
-    s = logit_scale.view(-1, logit_scale.shape[-1], 1) * dots(x, y, normalize)
+    """stats_x [6, G, M], stats_y [6, G, N] fp64: lse of negatives, lse / sum / count of positives,
+    sum / count of all. logit_scale is [G, M] or [1]; zeros where not wanted."""
+    s = logit_scale[..., None] * dots(x, y, normalize)
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
     return _stats(s, pos, out), _stats(s.mT, pos.mT, out.mT)
 
@@ -83,7 +83,7 @@ def bwd(
     """
     xh, inv_x = unit(x, normalize)
     yh, inv_y = unit(y, normalize)
-    scale = logit_scale.view(-1, logit_scale.shape[-1], 1)  # [G, M, 1] or [1, 1, 1]
+    scale = logit_scale[..., None]  # [G, M, 1] or [1, 1]
     products = xh @ yh.mT
     s = scale * products
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
