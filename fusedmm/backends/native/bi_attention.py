@@ -1,0 +1,18 @@
+"""bi_attention on the C++ kernels of csrc/cpu and csrc/cuda; arguments as in the reference."""
+
+from . import extension
+
+
+def reject(problem) -> list[str]:
+    """Why the native kernels cannot run `problem`."""
+    return extension.reject(problem)
+
+
+def fwd(*args):
+    """Forward, see backends/reference/bi_attention.py."""
+    return extension.ops.bi_attention_fwd(*args)
+
+
+def bwd(*args):
+    """Backward, see backends/reference/bi_attention.py."""
+    return extension.ops.bi_attention_bwd(*args)

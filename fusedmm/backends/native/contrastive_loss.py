@@ -1,0 +1,18 @@
+"""contrastive_loss on the C++ kernels of csrc/cpu and csrc/cuda; arguments as in the reference."""
+
+from . import extension
+
+
+def reject(problem) -> list[str]:
+    """Why the native kernels cannot run `problem`."""
+    return extension.reject(problem)
+
+
+def fwd(*args):
+    """Forward, see backends/reference/contrastive_loss.py."""
+    return extension.ops.contrastive_loss_fwd(*args)
+
+
+def bwd(*args):
+    """Backward, see backends/reference/contrastive_loss.py."""
+    return extension.ops.contrastive_loss_bwd(*args)

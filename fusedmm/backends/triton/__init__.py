@@ -1,0 +1,1 @@
+"""Backend "triton": kernels for CUDA devices, compiled at first use."""

@@ -1,0 +1,69 @@
+"""Chooses the backend of a call: by name, by `use_backend`, by FUSEDMM_BACKEND, or the first of
+PRIORITY that accepts. Looks at sizes, dtypes and devices, never at data; knows no op.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+from . import backends, env
+
+PRIORITY = ("cuda", "triton", "cpu", "reference")
+
+_regions: list[str] = []
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for every op called inside the `with` block.
+
+        with fusedmm.use_backend("reference"):
+            o_x, o_y = fusedmm.bi_attention(qk_x, qk_y, v_x, v_y)
+
+    Args:
+        name: one of "cuda", "triton", "cpu", "reference".
+    Raises: ValueError, unknown name.
+    """
+    _known("use_backend", name)
+    _regions.append(name)
+    try:
+        yield
+    finally:
+        _regions.pop()
+
+
+def _known(op: str, name: object) -> None:
+    if name not in PRIORITY:
+        names = ", ".join(map(repr, PRIORITY))
+        raise ValueError(f"{op}: backend: expected one of {names}, got {name!r}")
+
+
+def select(op: str, problem, backend: str | None) -> str:
+    """The name of the backend that runs `problem`; a named backend never falls back."""
+    wanted = backend or (_regions[-1] if _regions else env.backend())
+    if wanted is not None:
+        _known(op, wanted)
+        reasons = backends.reject(wanted, op, problem)
+        if reasons:
+            raise NotImplementedError(_refusal(op, problem, {wanted: reasons}))
+        return wanted
+    refusals = {}
+    for name in PRIORITY:
+        reasons = backends.reject(name, op, problem)
+        if not reasons:
+            if name == "reference" and problem.device_type == "cuda":
+                _warn(_refusal(op, problem, refusals))
+            return name
+        refusals[name] = reasons
+    raise NotImplementedError(_refusal(op, problem, refusals))
+
+
+def _refusal(op: str, problem, refusals: dict[str, list[str]]) -> str:
+    lines = [f"{op}: no backend can run {problem.describe()}"]
+    lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in refusals.items()]
+    return "\n".join(lines)
+
+
+def _warn(text: str) -> None:
+    note = "using reference, which stores the whole score matrix"
+    warnings.warn(f"{text}\n  {note}", RuntimeWarning, stacklevel=4)

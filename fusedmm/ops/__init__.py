@@ -1,0 +1,1 @@
+"""Public functions: validation, custom op, fake and autograd, once per op for every backend."""

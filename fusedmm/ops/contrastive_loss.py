@@ -1,0 +1,182 @@
+"""contrastive_loss: symmetric InfoNCE without the logits. Public function, custom op, autograd."""
+
+import torch
+from torch import Tensor
+
+from .. import backends, check, problem
+from ..dispatch import select
+from . import pairs
+from ._common import autocast
+
+
+def contrastive_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    positives: Tensor | None = None,
+    ids_x: Tensor | None = None,
+    ids_y: Tensor | None = None,
+    duplicates: str = "positive",
+    direction: str = "both",
+    label_smoothing: float = 0.0,
+    normalize: bool = False,
+    reduction: str = "mean",
+    group=None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Symmetric InfoNCE (CLIP) of M rows against N columns, batched over leading dimensions.
+
+        s = logit_scale * x @ y.mT                              # [..., M, N], never stored
+        loss_x = s.logsumexp(-1) - s.diagonal(dim1=-2, dim2=-1)
+        loss_y = s.logsumexp(-2) - s.diagonal(dim1=-2, dim2=-1)
+        loss = (loss_x.mean() + loss_y.mean()) / 2
+
+    Args:
+        x, y: [..., M, D], [..., N, D] fp32/fp16/bf16 (fp64 on reference), any strides.
+        logit_scale: the multiplier itself (exp already applied), float, scalar or [..., M].
+        positives: [..., M] int64, row i matches y[positives[i]]; default i, which needs M == N.
+            Columns that no row points at are negatives only.
+        ids_x, ids_y: [..., M], [..., N] int64; equal ids are true matches as well.
+        duplicates: "positive", the target is uniform over the matches; "ignore", matches other
+            than the positive leave the denominator.
+        direction: "both" (mean of the two), "x" (rows only), "y" (columns only).
+        label_smoothing: share of the target spread evenly over the denominator, in [0, 1].
+        normalize: L2-normalise the rows of x and y inside the op.
+        reduction: "mean" over the rows that have a match, "sum", or "none".
+        group: torch.distributed process group; x and y are this rank's rows.
+        backend: "cuda", "triton", "cpu" or "reference"; None takes the first that accepts.
+    Returns: scalar fp32 in nats, or (loss_x [..., M], loss_y [..., N]) with reduction="none".
+    Memory: O((M + N) * D); s is never stored.
+    Raises: ValueError, bad shape, dtype or device. TypeError, not a floating tensor.
+        NotImplementedError, no backend can run it.
+    Source: InfoNCE, arXiv:1807.03748; CLIP, arXiv:2103.00020.
+    """
+    op = "contrastive_loss"
+    check.choice(op, "duplicates", duplicates, ("positive", "ignore"))
+    check.choice(op, "direction", direction, ("both", "x", "y"))
+    check.choice(op, "reduction", reduction, ("mean", "sum", "none"))
+    check.fraction(op, "label_smoothing", label_smoothing)
+    x, y = autocast(x, y)
+    by_id = ids_x is not None and duplicates == "positive"
+    asked = problem.pair_loss(
+        op, x, y, logit_scale, positives, ids_x, ids_y, normalize,
+        square=positives is None and not by_id and group is None,
+    )  # fmt: skip
+    name = select(op, asked, backend)
+    lead, G, M, N = x.shape[:-2], asked.G, asked.M, asked.N
+    x, y = x.reshape(G, M, -1), y.reshape(G, N, -1)
+    scale = pairs.as_rows(logit_scale, x, G, M)
+    if positives is not None:
+        positives = positives.reshape(G, M)
+    elif M == N:
+        positives = pairs.default_positives(G, M, x.device)
+    if ids_x is not None:
+        ids_x, ids_y = ids_x.reshape(G, M), ids_y.reshape(G, N)
+    loss_x, loss_y, stats_x, stats_y = _fwd(
+        x,
+        y,
+        scale,
+        positives,
+        ids_x,
+        ids_y,
+        duplicates == "ignore",
+        float(label_smoothing),
+        normalize,
+        direction != "y",
+        direction != "x",
+        name,
+    )
+    if reduction == "none":
+        return loss_x.reshape(*lead, M), loss_y.reshape(*lead, N)
+    if reduction == "sum":
+        total_x, total_y = loss_x.sum(), loss_y.sum()
+    else:
+        total_x, total_y = pairs.mean_of(loss_x, stats_x[3]), pairs.mean_of(loss_y, stats_y[3])
+    return {"x": total_x, "y": total_y, "both": (total_x + total_y) / 2}[direction]
+
+
+@torch.library.custom_op("fusedmm::contrastive_loss_fwd", mutates_args=())
+def _fwd(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    positives: Tensor | None,
+    ids_x: Tensor | None,
+    ids_y: Tensor | None,
+    ignore: bool,
+    label_smoothing: float,
+    normalize: bool,
+    want_x: bool,
+    want_y: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stats_x, stats_y = backends.load(backend, "contrastive_loss").fwd(
+        x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
+    )
+    loss_x = pairs.row_loss(stats_x, label_smoothing) if want_x else torch.zeros_like(stats_x[0])
+    loss_y = pairs.row_loss(stats_y, label_smoothing) if want_y else torch.zeros_like(stats_y[0])
+    return loss_x, loss_y, stats_x, stats_y
+
+
+@_fwd.register_fake
+def _(x, y, logit_scale, *rest):
+    G, M, N = x.shape[0], x.shape[1], y.shape[1]
+    return tuple(logit_scale.new_empty(s) for s in ((G, M), (G, N), (6, G, M), (6, G, N)))
+
+
+@torch.library.custom_op("fusedmm::contrastive_loss_bwd", mutates_args=())
+def _bwd(
+    dloss_x: Tensor,
+    dloss_y: Tensor,
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    positives: Tensor | None,
+    ids_x: Tensor | None,
+    ids_y: Tensor | None,
+    stats_x: Tensor,
+    stats_y: Tensor,
+    ignore: bool,
+    label_smoothing: float,
+    normalize: bool,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    coef_x = pairs.coefficients(stats_x, dloss_x, label_smoothing)
+    coef_y = pairs.coefficients(stats_y, dloss_y, label_smoothing)
+    return backends.load(backend, "contrastive_loss").bwd(
+        coef_x, coef_y, x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, needs
+    )
+
+
+@_bwd.register_fake
+def _(dloss_x, dloss_y, x, y, logit_scale, *rest):
+    grads = (x.new_empty(x.shape), y.new_empty(y.shape), logit_scale.new_empty(dloss_x.shape))
+    return [t for t, need in zip(grads, rest[-2], strict=True) if need]
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, ctx.ignore, ctx.label_smoothing, ctx.normalize, ctx.want_x, ctx.want_y, name = inputs
+    _, _, stats_x, stats_y = output
+    ctx.mark_non_differentiable(stats_x, stats_y)
+    ctx.backend = name
+    ctx.save_for_backward(*tensors, stats_x, stats_y)
+
+
+def _backward(ctx, dloss_x, dloss_y, _dstats_x, _dstats_y):
+    x, y, scale, positives, ids_x, ids_y, stats_x, stats_y = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    dloss_x = dloss_x if ctx.want_x else torch.zeros_like(dloss_x)
+    dloss_y = dloss_y if ctx.want_y else torch.zeros_like(dloss_y)
+    grads = iter(
+        _bwd(dloss_x, dloss_y, x, y, scale, positives, ids_x, ids_y, stats_x, stats_y,
+             ctx.ignore, ctx.label_smoothing, ctx.normalize, needs, ctx.backend)
+    )  # fmt: skip
+    dx, dy, dscale = (next(grads) if n else None for n in needs)
+    if dscale is not None and scale.dim() == 1:
+        dscale = dscale.sum().reshape(1)
+    return dx, dy, dscale, *[None] * 9
+
+
+_fwd.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,63 @@
+"""Arithmetic on the O(M + N) statistics of a pair loss: loss per row, backward coefficients, mean.
+
+A statistic holds, per row, [lse of negatives, lse of positives, sum of positive s, number of
+positives, sum of all s, number of all]; blocks of columns merge by `merge`.
+"""
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """Statistics [6, ...] of the union of two disjoint blocks."""
+    return torch.cat([torch.logaddexp(a[:2], b[:2]), a[2:] + b[2:]])
+
+
+def row_loss(stats: Tensor, label_smoothing: float) -> Tensor:
+    """lse - target . s per row; 0 for a row without positives.
+
+    One positive and no smoothing: log1p(exp(neg - pos)), exact also when the loss is 1e-7.
+    """
+    neg, pos, sum_pos, n_pos, total, n_all = stats
+    single = torch.nn.functional.softplus(neg - pos, threshold=88.0)
+    loss = torch.logaddexp(neg, pos) - (1.0 - label_smoothing) * sum_pos / n_pos
+    if label_smoothing:
+        loss = loss - label_smoothing * total / n_all
+    else:
+        loss = torch.where(n_pos == 1.0, single, loss)
+    return torch.where(n_pos > 0.0, loss, 0.0)
+
+
+def coefficients(stats: Tensor, dloss: Tensor, label_smoothing: float) -> Tensor:
+    """[5, ...]: lse, weight, target, uniform, and the gradient at a single positive (else 2).
+
+    ds = weight * (p - uniform) on negatives, weight * (p - target - uniform) on positives; where
+    there is one positive, p - target is taken as target's complement, without cancellation.
+    """
+    neg, pos, _, n_pos, _, n_all = stats
+    lse = torch.logaddexp(neg, pos)
+    weight = torch.where(n_pos > 0.0, dloss, 0.0)
+    target = (1.0 - label_smoothing) / n_pos.clamp_min(1.0)
+    uniform = label_smoothing / n_all.clamp_min(1.0)
+    single = torch.where(n_pos == 1.0, label_smoothing - torch.exp(neg - lse), 2.0)
+    return torch.stack([lse, weight, target, uniform, single])
+
+
+def mean_of(loss: Tensor, n_pos: Tensor) -> Tensor:
+    """Mean over the rows that have a positive; 0 if none has."""
+    return loss.sum() / (n_pos > 0.0).sum().clamp_min(1)
+
+
+def as_rows(logit_scale: Tensor | float, x: Tensor, G: int, M: int) -> Tensor:
+    """logit_scale as [1] or [G, M] in the accumulation dtype of x."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(logit_scale, Tensor):
+        return torch.full((1,), float(logit_scale), dtype=dtype, device=x.device)
+    return logit_scale.to(dtype).reshape((1,) if logit_scale.numel() == 1 else (G, M))
+
+
+def default_positives(G: int, M: int, device: torch.device) -> Tensor:
+    """Row i matches column i, [G, M] without storage of its own per problem."""
+    return torch.arange(M, device=device).expand(G, M)

@@ -1,0 +1,149 @@
+"""sigmoid_loss: pairwise sigmoid (SigLIP) without the logits. Public function, op, autograd."""
+
+import torch
+from torch import Tensor
+
+from .. import backends, check, problem
+from ..dispatch import select
+from . import pairs
+from ._common import autocast
+
+
+def sigmoid_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    ids_x: Tensor | None = None,
+    ids_y: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    group=None,
+    backend: str | None = None,
+) -> Tensor:
+    """Pairwise sigmoid loss over all M x N pairs; row i of x matches row i of y, or equal ids.
+
+        s = logit_scale * x @ y.mT + logit_bias                 # [..., M, N], never stored
+        z = 2 * torch.eye(s.shape[-1]) - 1                      # +1 on matches, -1 elsewhere
+        loss = softplus(-z * s).sum(-1).mean()
+
+    Args:
+        x, y: [..., M, D], [..., N, D] fp32/fp16/bf16 (fp64 on reference), any strides.
+        logit_scale: the multiplier itself (exp already applied), float, scalar or [..., M].
+        logit_bias: float or scalar.
+        ids_x, ids_y: [..., M], [..., N] int64; equal ids are matches. Default row i and column i,
+            which needs M == N.
+        normalize: L2-normalise the rows of x and y inside the op.
+        reduction: "mean" (sum over pairs / rows of x), "sum", or "none".
+        group: torch.distributed process group; x and y are this rank's rows.
+        backend: "cuda", "triton", "cpu" or "reference"; None takes the first that accepts.
+    Returns: scalar fp32 in nats per row, or the sum of each row [..., M] with reduction="none".
+    Memory: O((M + N) * D); s is never stored.
+    Raises: ValueError, bad shape, dtype or device. TypeError, not a floating tensor.
+        NotImplementedError, no backend can run it.
+    Source: SigLIP, arXiv:2303.15343.
+    """
+    op = "sigmoid_loss"
+    check.choice(op, "reduction", reduction, ("mean", "sum", "none"))
+    x, y = autocast(x, y)
+    square = ids_x is None and group is None
+    asked = problem.pair_loss(op, x, y, logit_scale, None, ids_x, ids_y, normalize, square)
+    if isinstance(logit_bias, Tensor):
+        check.floating(op, "logit_bias", logit_bias)
+        check.device(op, ("x", x), ("logit_bias", logit_bias))
+        if logit_bias.numel() != 1:
+            raise check.bad(op, "logit_bias", "a scalar", f"shape {list(logit_bias.shape)}")
+    else:
+        check.number(op, "logit_bias", logit_bias)
+    name = select(op, asked, backend)
+    lead, G, M, N = x.shape[:-2], asked.G, asked.M, asked.N
+    x, y = x.reshape(G, M, -1), y.reshape(G, N, -1)
+    positives = None
+    if ids_x is None:
+        positives = pairs.default_positives(G, M, x.device)
+    else:
+        ids_x, ids_y = ids_x.reshape(G, M), ids_y.reshape(G, N)
+    loss = _fwd(
+        x,
+        y,
+        pairs.as_rows(logit_scale, x, G, M),
+        pairs.as_rows(logit_bias, x, 1, 1),
+        positives,
+        ids_x,
+        ids_y,
+        normalize,
+        name,
+    )
+    if reduction == "none":
+        return loss.reshape(*lead, M)
+    return loss.sum() if reduction == "sum" else loss.sum() / max(G * M, 1)
+
+
+@torch.library.custom_op("fusedmm::sigmoid_loss_fwd", mutates_args=())
+def _fwd(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    positives: Tensor | None,
+    ids_x: Tensor | None,
+    ids_y: Tensor | None,
+    normalize: bool,
+    backend: str,
+) -> Tensor:
+    return backends.load(backend, "sigmoid_loss").fwd(
+        x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize
+    )
+
+
+@_fwd.register_fake
+def _(x, y, logit_scale, *rest):
+    return logit_scale.new_empty(x.shape[:2])
+
+
+@torch.library.custom_op("fusedmm::sigmoid_loss_bwd", mutates_args=())
+def _bwd(
+    dloss: Tensor,
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    positives: Tensor | None,
+    ids_x: Tensor | None,
+    ids_y: Tensor | None,
+    normalize: bool,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    return backends.load(backend, "sigmoid_loss").bwd(
+        dloss, x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize, needs
+    )
+
+
+@_bwd.register_fake
+def _(dloss, x, y, logit_scale, *rest):
+    rows = logit_scale.new_empty(dloss.shape)
+    grads = (x.new_empty(x.shape), y.new_empty(y.shape), rows, torch.empty_like(rows))
+    return [t for t, need in zip(grads, rest[-2], strict=True) if need]
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, ctx.normalize, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dloss):
+    tensors = ctx.saved_tensors
+    scale = tensors[2]
+    needs = list(ctx.needs_input_grad[:4])
+    grads = iter(_bwd(dloss, *tensors, ctx.normalize, needs, ctx.backend))
+    dx, dy, dscale, dbias = (next(grads) if n else None for n in needs)
+    if dscale is not None and scale.dim() == 1:
+        dscale = dscale.sum().reshape(1)
+    if dbias is not None:
+        dbias = dbias.sum().reshape(1)
+    return dx, dy, dscale, dbias, *[None] * 5
+
+
+_fwd.register_autograd(_backward, setup_context=_setup)
