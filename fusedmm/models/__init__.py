@@ -1,7 +1,7 @@
 """Reference models built on the fused ops: one file a system, and `load` / `save` for trained ones.
 
-Each takes a backend name, None for the fastest that accepts, or "standard" for the usual eager path.
-Nothing in the library proper imports this package.
+Each takes a backend name, None for the fastest that accepts, or "standard" for the usual eager
+path. Nothing in the library proper imports this package.
 """
 
 from fusedmm.models.checkpoint import Loaded, build, load, save

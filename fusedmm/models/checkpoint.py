@@ -1,7 +1,7 @@
-"""Save a trained model as `model.safetensors` + `config.json` + `tokenizer.json`, load it in one call.
+"""Save a trained model as model.safetensors, config.json and tokenizer.json; load it in one call.
 
-`config.json` names the model class and its sizes, so `load(folder)` needs nothing else. Left out: optimizer
-state, which belongs to a training run and not to a model.
+`config.json` names the model class and its sizes, so `load(folder)` needs nothing else. Left out:
+optimizer state, which belongs to a training run and not to a model.
 """
 
 from __future__ import annotations
@@ -109,5 +109,7 @@ def load(folder: str | Path, **options: Any) -> Loaded:
         tokenizer = Tokenizer.load(folder / "tokenizer.json", length=config["tokenizer_length"])
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"models.load: {folder}: damaged or of another version: {error}") from error
+        raise ValueError(
+            f"models.load: {folder}: damaged or of another version: {error}"
+        ) from error
     return Loaded(model.eval(), tokenizer, config)

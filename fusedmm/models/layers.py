@@ -1,7 +1,7 @@
-"""Transformer parts shared by the encoders: a pre-norm residual block, a stack of them, weight init.
+"""Transformer parts shared by the encoders: a pre-norm residual block, a stack, weight init.
 
-Names follow open_clip (`resblocks.0.attn.in_proj_weight`, `mlp.c_fc`), so its checkpoints map one to one.
-Self-attention is torch's own; only what joins two modalities goes through fusedmm.
+Names follow open_clip (`resblocks.0.attn.in_proj_weight`, `mlp.c_fc`), so its checkpoints map one
+to one. Self-attention is torch's own; only what joins two modalities goes through fusedmm.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class SelfAttention(nn.Module):
 class ResidualBlock(nn.Module):
     """Pre-norm Transformer block: `x + attn(ln_1(x))`, then `x + mlp(ln_2(x))`."""
 
-    def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0, causal: bool = False) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, mlp_ratio: float = 4.0, causal: bool = False
+    ) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, heads, causal=causal)
         self.ln_2 = nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(dim, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, dim)
-            )
+            OrderedDict(c_fc=nn.Linear(dim, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, dim))
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Byte-level BPE over lower-cased text, trained on the captions at hand, saved as tokenizer.json.
 
-Wraps Hugging Face `tokenizers`; adds the five special tokens the models need, the end token last, so
-that it has the highest id (CLIP finds it by argmax). Left out: anything but fixed-length batches.
+Wraps Hugging Face `tokenizers`; adds the five special tokens the models need, the end token last,
+so that it has the highest id (CLIP finds it by argmax). Left out: anything but fixed-length
+batches.
 """
 
 from __future__ import annotations
@@ -60,12 +61,19 @@ class Tokenizer:
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception
-            raise ValueError(f"Tokenizer: {path}: expected a tokenizer.json, got {error}") from error
+            raise ValueError(
+                f"Tokenizer: {path}: expected a tokenizer.json, got {error}"
+            ) from error
         return cls(inner, length)
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json."""
         self.inner.save(str(path))
+
+    @property
+    def first_piece(self) -> int:
+        """The lowest id that stands for text; special tokens are below it, the end token above."""
+        return len(SPECIAL)
 
     @property
     def vocab_size(self) -> int:

@@ -1,7 +1,8 @@
 """ViLBERT: a BERT over text and a BERT over image regions, joined by co-attention blocks.
 
-Regions are the grid tokens of a frozen ViT held inside the model, standing in for the original's detector.
-Heads: masked-language modelling and image-text matching. Left out: masked regions, fine-tuning heads.
+Regions are the grid tokens of a frozen ViT held inside the model, standing in for the original's
+detector. Heads: masked-language modelling and image-text matching. Left out: masked regions, fine-
+tuning heads.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from fusedmm.nn.co_attention import BertConnectionLayer, BertIntermediate, BertO
 
 @dataclass(frozen=True)
 class ViLBERTConfig:
-    """Sizes of both streams. `v_biattention_id[i]`, `t_biattention_id[i]` name the layer before which
-    co-attention block i runs, as in the original configs."""
+    """Sizes of both streams.
+
+    Co-attention block i runs before text layer `t_biattention_id[i]` and picture layer
+    `v_biattention_id[i]`, as in the original configs.
+    """
 
     vocab_size: int = 1024
     max_position: int = 24
@@ -191,7 +195,7 @@ class ViLBERT(nn.Module):
 
     Args:
         config: sizes.
-        attention_backend: a fusedmm backend name, None for the first that accepts, or "standard" for
+        attention_backend: a fusedmm backend name, None for the first that accepts, or "standard":
             two scaled_dot_product_attention calls per block.
     Source: ViLBERT, arXiv:1908.02265.
     """
@@ -219,7 +223,7 @@ class ViLBERT(nn.Module):
 
     @torch.no_grad()
     def regions(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] in [0, 1] -> region features [B, 1 + grid^2, width]; the first is the whole."""
+        """[B, 3, S, S] in [0, 1] -> features [B, 1 + grid^2, width]; the first is the whole."""
         return self.region_encoder.tokens(images)
 
     def encode(
@@ -241,7 +245,7 @@ class ViLBERT(nn.Module):
         return Encoded(*self.encoder(text, image, keep, maps))
 
     def matching_logits(self, encoded: Encoded) -> Tensor:
-        """[B, 2]: column 1 is "these belong together". Product of both first tokens, as published."""
+        """[B, 2], column 1 is "these belong together": from the product of both first tokens."""
         t = F.relu(self.t_pooler(encoded.text[:, 0]))
         v = F.relu(self.v_pooler(encoded.image[:, 0]))
         return self.matching(t * v)

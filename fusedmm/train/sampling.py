@@ -1,7 +1,8 @@
 """Which rows a step sees and how they are varied, as a pure function of (seed, step).
 
-A shuffled pass over weighted rows per epoch, affine and colour jitter on tensors, other names of the same
-drawing. Because nothing here keeps state, a run resumed at step k draws what it would have drawn.
+A shuffled pass over weighted rows per epoch, affine and colour jitter on tensors, other names of
+the same drawing. Because nothing here keeps state, a run resumed at step k draws what it would have
+drawn.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _TEMPLATES = ("{}", "{}", "{}", "a {}", "the {}", "a drawing of a {}", "an emoji
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
     """A seed of its own for each (seed, step, stream); splitmix64 of the three."""
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
+    z = (
+        seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB
+    ) % 2**64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> shift)) * factor % 2**64
     return (z ^ (z >> 31)) % 2**63
