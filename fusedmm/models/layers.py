@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedmm.nn.co_attention import standard_attention
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one packed projection, `softmax(q @ k.T / sqrt(d)) @ v`.
@@ -36,7 +38,7 @@ class SelfAttention(nn.Module):
         b, n, d = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, N, d / H] each
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        o = standard_attention(q, k, v, causal=self.causal)
         return self.out_proj(o.transpose(1, 2).reshape(b, n, d))
 
 

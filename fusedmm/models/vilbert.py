@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedmm.models.clip import CLIPConfig, VisionTransformer
-from fusedmm.nn.co_attention import BertConnectionLayer, BertIntermediate, BertOutput
+from fusedmm.nn.co_attention import (
+    BertConnectionLayer,
+    BertIntermediate,
+    BertOutput,
+    standard_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,7 @@ class BertSelfAttention(nn.Module):
             f(x).view(b, n, self.heads, -1).transpose(1, 2)
             for f in (self.query, self.key, self.value)
         )
-        mask = None if keep is None else keep[:, None, None, :]
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        o = standard_attention(q, k, v, keep=keep)
         return o.transpose(1, 2).reshape(b, n, d)
 
 
@@ -196,7 +200,7 @@ class ViLBERT(nn.Module):
     Args:
         config: sizes.
         attention_backend: a fusedmm backend name, None for the first that accepts, or "standard":
-            two scaled_dot_product_attention calls per block.
+            two `standard_attention` calls per block.
     Source: ViLBERT, arXiv:1908.02265.
     """
 

@@ -28,7 +28,8 @@ class ClipRecipe:
     model: CLIPConfig = field(default_factory=CLIPConfig)
     limit: int | None = None
     variant_power: float = 0.75
-    word_drop: float = 0.1
+    variant_group: int = 4
+    word_drop: float = 0.2
 
 
 def train_tokenizer(data: OpenMoji, config: CLIPConfig) -> Tokenizer:
@@ -62,6 +63,7 @@ class ClipTask:
             recipe.loop.batch_size,
             seed=recipe.loop.seed,
             power=recipe.variant_power,
+            group=recipe.variant_group,
         )
         self.flips = torch.tensor([may_flip(d) for d in data.drawings])
         self._ids: dict[str, int] = {}

@@ -37,9 +37,10 @@ def step_seed(seed: int, step: int, stream: int = 0) -> int:
 
 
 class Sampler:
-    """Batches of rows without replacement within an epoch, fewer of the many-variant bases.
+    """Batches of rows without replacement within an epoch, variants of a base side by side.
 
-    A base with n variants gives about n**power of them to an epoch (power 1: all of them).
+    A base with n variants gives about n**power of them to an epoch (power 1: all of them), in runs of
+    up to `group`: a batch then holds drawings that differ in tone or gender alone.
 
     Args:
         bases: the base of each row.
@@ -47,13 +48,23 @@ class Sampler:
     """
 
     def __init__(
-        self, bases: Sequence[str], batch_size: int, *, seed: int, power: float = 0.75
+        self,
+        bases: Sequence[str],
+        batch_size: int,
+        *,
+        seed: int,
+        power: float = 1.0,
+        group: int = 1,
     ) -> None:
         counts = Counter(bases)
+        self.bases = list(bases)
         self.keep = torch.tensor([counts[b] ** (power - 1.0) for b in bases], dtype=torch.float64)
         self.size = max(1, round(float(self.keep.sum())))
         self.batch_size = batch_size
         self.seed = seed
+        self.group = group
+        if group < 1:
+            raise ValueError(f"Sampler: group: expected at least 1, got {group}")
         if not 1 <= batch_size <= self.size:
             raise ValueError(
                 f"Sampler: batch_size: expected 1..{self.size} (rows of an epoch), got {batch_size}"
@@ -61,15 +72,25 @@ class Sampler:
         self.batches = self.size // batch_size
         self._epoch: tuple[int, Tensor] | None = None
 
+    def _order(self, epoch: int) -> Tensor:
+        g = torch.Generator().manual_seed(step_seed(self.seed, epoch, stream=1))
+        u = torch.rand(len(self.keep), generator=g, dtype=torch.float64)
+        order = (u.log() / self.keep).argsort(descending=True)  # Efraimidis-Spirakis sampling
+        runs: dict[tuple[str, int], list[int]] = {}
+        seen: Counter[str] = Counter()
+        for row in order[: self.size].tolist():
+            base = self.bases[row]
+            runs.setdefault((base, seen[base] // self.group), []).append(row)
+            seen[base] += 1
+        groups = list(runs.values())
+        shuffled = torch.randperm(len(groups), generator=g).tolist()
+        return torch.tensor([row for i in shuffled for row in groups[i]])
+
     def rows(self, step: int) -> Tensor:
         """[batch_size] positions into `bases` for this step."""
         epoch, batch = divmod(step, self.batches)
         if self._epoch is None or self._epoch[0] != epoch:
-            g = torch.Generator().manual_seed(step_seed(self.seed, epoch, stream=1))
-            u = torch.rand(len(self.keep), generator=g, dtype=torch.float64)
-            order = (u.log() / self.keep).argsort(descending=True)  # Efraimidis-Spirakis sampling
-            order = order[: self.size]
-            self._epoch = epoch, order[torch.randperm(self.size, generator=g)]
+            self._epoch = epoch, self._order(epoch)
         return self._epoch[1][batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
