@@ -19,6 +19,7 @@ from fusedmm.train.sampling import (  # noqa: E402
     Sampler,
     augment,
     may_flip,
+    own_colour,
     step_seed,
     vary_caption,
 )
@@ -174,6 +175,16 @@ def test_captions_vary_but_stay_names(drawings):
     assert len(texts) > 5
     assert all("red" in t or "apple" in t for t in texts)
     assert may_flip(apple) and not may_flip(by_emoji["👈"]) and not may_flip(by_emoji["🇩🇪"])
+
+
+def test_own_colour(drawings):
+    codes = {d.emoji: d.code for d in drawings}
+    got = {e: own_colour(torch.from_numpy(data_module.render(codes[e], 32))) for e in "🍎🍏💙😀🐼"}
+    assert got == {"🍎": "red", "🍏": "green", "💙": "blue", "😀": "yellow", "🐼": None}
+    apple = next(d for d in drawings if d.emoji == "🍏")
+    rng = random.Random(0)
+    texts = [vary_caption(apple, rng, colour="purple") for _ in range(60)]
+    assert any("purple" in t for t in texts) and not all("purple" in t for t in texts)
 
 
 def test_step_seed_is_spread():

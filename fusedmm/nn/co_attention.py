@@ -98,8 +98,7 @@ class BertBiAttention(nn.Module):
         if self.attention_backend == STANDARD:
             if p:
                 raise NotImplementedError(
-                    "BertBiAttention: attention_backend='standard': expected dropout 0 in training, "
-                    f"got {p}"
+                    f"BertBiAttention: attention_backend='standard': expected dropout 0, got {p}"
                 )
             o1 = standard_attention(q1, k2, v2, keep=mask2)
             o2 = standard_attention(q2, k1, v1, keep=mask1)

@@ -17,7 +17,7 @@ from fusedmm.train.config import LoopConfig
 from fusedmm.train.data import OpenMoji
 from fusedmm.train.evaluate import Retrieval, in_batches, retrieval
 from fusedmm.train.loop import autocast, device
-from fusedmm.train.sampling import Sampler, augment, may_flip, step_seed, vary_caption
+from fusedmm.train.sampling import Sampler, augment, may_flip, own_colour, step_seed, vary_caption
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ class ClipTask:
             group=recipe.variant_group,
         )
         self.flips = torch.tensor([may_flip(d) for d in data.drawings])
+        self.colours = [
+            None if "skin tone" in d.caption or "flag" in d.caption else own_colour(image)
+            for d, image in zip(data.drawings, data.images, strict=True)
+        ]
         self._ids: dict[str, int] = {}
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +79,9 @@ class ClipTask:
         generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
         images = augment(self.data.pixels(rows), self.flips[rows], generator)
         texts = [
-            vary_caption(self.data.drawings[i], rng, drop=self.recipe.word_drop)
+            vary_caption(
+                self.data.drawings[i], rng, drop=self.recipe.word_drop, colour=self.colours[i]
+            )
             for i in rows.tolist()
         ]
         ids = torch.tensor([self._ids.setdefault(t, len(self._ids)) for t in texts])

@@ -23,7 +23,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+_WIDE = 110
 console = Console(highlight=False)
+if not console.is_terminal:  # a pipe or a log: tables need not fold at 80 columns
+    console = Console(highlight=False, width=_WIDE)
 
 
 def configure_logging() -> None:
@@ -47,7 +50,7 @@ class Meter:
         self.name, self.total, self.bar = name, total, bar
         self.start = time.perf_counter()
         self.first: int | None = None
-        self.tenth = -1
+        self.tenth = 0
         self.task = None if bar is None else bar.add_task(name, total=total, note="")
 
     def update(self, done: int, note: str = "") -> None:
@@ -55,13 +58,15 @@ class Meter:
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, note=note)
             return
-        if self.first is None:
-            self.first, self.start = done - 1, time.perf_counter()
+        if self.first is None:  # the first call starts the clock: a resumed run begins late
+            self.first, self.start = done, time.perf_counter()
+            if done < self.total:
+                return
         tenth = 10 * done // self.total
         if tenth > self.tenth:
             self.tenth = tenth
             taken = time.perf_counter() - self.start
-            left = taken / max(done - self.first - 1, 1) * (self.total - done)
+            left = taken / max(done - self.first, 1) * (self.total - done)
             say(f"{self.name} {done}/{self.total}, about {left:.0f} s left  {note}".rstrip())
 
 

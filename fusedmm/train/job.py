@@ -112,7 +112,7 @@ def show_retrieval(retrieval: dict[str, dict[str, float]]) -> None:
         row.append(f"{r['recall_at_10'] / r['chance_recall_at_10']:.1f}x")
         row.append(f"{r['median_rank']:g} / {r['chance_median_rank']:g}")
         rows.append(row)
-    header = ("CLIP, held out: measured / chance", "R@1 %", "R@5 %", "R@10 %", "over chance",
+    header = ("CLIP, held out: found / chance", "R@1 %", "R@5 %", "R@10 %", "over chance",
               "median rank")  # fmt: skip
     console.table("Retrieval", header, rows)
 

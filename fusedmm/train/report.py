@@ -52,7 +52,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; }
 th { color: var(--soft); font-weight: 600; font-size: 13px; }
 th:first-child, td:first-child { text-align: left; }
-td small { color: var(--soft); }
+td small { color: var(--soft); } td, th { white-space: nowrap; }
+td:first-child, .wrap th { white-space: normal; }
 img.plot { width: 100%; display: block; }
 .query { display: grid; grid-template-columns: 300px 1fr; align-items: center; gap: 16px;
   border-bottom: 1px solid var(--line); padding: 8px 0; }
@@ -182,10 +183,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 DIRECTIONS = {
-    "text_to_image/all": "text \N{RIGHTWARDS ARROW} image, all held-out drawings",
-    "image_to_text/all": "image \N{RIGHTWARDS ARROW} text, all held-out drawings",
-    "text_to_image/bases": "text \N{RIGHTWARDS ARROW} image, one drawing per base",
-    "image_to_text/bases": "image \N{RIGHTWARDS ARROW} text, one drawing per base",
+    "text_to_image/all": "text \N{RIGHTWARDS ARROW} image, all drawings",
+    "image_to_text/all": "image \N{RIGHTWARDS ARROW} text, all drawings",
+    "text_to_image/bases": "text \N{RIGHTWARDS ARROW} image, one per base",
+    "image_to_text/bases": "image \N{RIGHTWARDS ARROW} text, one per base",
 }
 
 
@@ -406,6 +407,8 @@ def render_report(inputs: Inputs, index: Tensor) -> str:
     machine = clip["machine"]
     comparisons = {"CLIP": clip["comparison"], "ViLBERT": vilbert["comparison"]}
 
+    times = "\N{MULTIPLICATION SIGN}"
+
     def lift(r: dict[str, float]) -> str:
         return f"{r['recall_at_10'] / r['chance_recall_at_10']:.1f}\N{MULTIPLICATION SIGN} chance"
 
@@ -454,8 +457,9 @@ standard attention and loss.</p>
 
 <section><h2>Time and memory of a step</h2>
 <p class="soft">Median of whole training steps (data, forward, backward, optimizer) taken in turn;
-peak tensor memory above what stands between steps. Standard is scaled_dot_product_attention and the
-eager B{chr(215)}B loss. {html.escape(str(machine["device"]))}, {machine["threads"]} threads,
+peak tensor memory above what stands between steps. Standard is the faster of
+scaled_dot_product_attention and the plain equation, and the loss that stores its B{times}B logits.
+{html.escape(str(machine["device"]))}, {machine["threads"]} threads,
 {html.escape(str(clip["comparison"]["precision"]))}, torch {html.escape(machine["torch"])}.</p>
 {_timing_table(comparisons)}</section>
 

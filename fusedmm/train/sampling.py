@@ -24,6 +24,21 @@ _ONE_SIDED = frozenset(
     "mark abcd latin input".split()
 )
 _TEMPLATES = ("{}", "{}", "{}", "a {}", "the {}", "a drawing of a {}", "an emoji of a {}")
+# The drawings' own palette (OpenMoji's style guide), by the word one would use.
+_PALETTE = {
+    "red": ("ea5a47", "d22f27"),
+    "orange": ("f1b31c", "e27022"),
+    "yellow": ("fcea2b",),
+    "green": ("b1cc33", "5c9e31"),
+    "blue": ("92d3f5", "61b2e4", "1e50a0"),
+    "purple": ("b399c8", "8967aa"),
+    "pink": ("ffa7c0", "e67a94"),
+    "brown": ("a57939", "6a462f"),
+    None: ("ffffff", "000000", "3f3f3f", "9b9b9a", "d0cfce"),
+}
+# A colour is the drawing's own if it covers this much of the picture and of what is coloured.
+_OF_PICTURE, _OF_COLOURED = 0.1, 0.6
+_COLOUR_WORD = 0.15
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
@@ -39,8 +54,8 @@ def step_seed(seed: int, step: int, stream: int = 0) -> int:
 class Sampler:
     """Batches of rows without replacement within an epoch, variants of a base side by side.
 
-    A base with n variants gives about n**power of them to an epoch (power 1: all of them), in runs of
-    up to `group`: a batch then holds drawings that differ in tone or gender alone.
+    A base with n variants gives about n**power of them to an epoch (power 1: all of them), in runs
+    of up to `group`: a batch then holds drawings that differ in tone or gender alone.
 
     Args:
         bases: the base of each row.
@@ -132,8 +147,28 @@ def augment(images: Tensor, flips: Tensor, generator: torch.Generator) -> Tensor
     return (out * uniform(0.85, 1.1).view(b, 1, 1, 1)).clamp(0, 1)
 
 
-def vary_caption(drawing: Drawing, rng: random.Random, *, drop: float = 0.1) -> str:
-    """One of the drawing's names, sometimes inside a template, sometimes with a word left out."""
+def own_colour(image: Tensor) -> str | None:
+    """The colour word that fits most of a drawing, or None: [3, S, S] uint8."""
+    words = [word for word, codes in _PALETTE.items() for _ in codes]
+    codes = [bytes.fromhex(code) for codes in _PALETTE.values() for code in codes]
+    palette = torch.tensor([list(code) for code in codes]).float()  # [P, 3]
+    pixels = image[:, ::3, ::3].flatten(1).T.float()
+    nearest = torch.cdist(pixels, palette).argmin(dim=1)
+    share: Counter[str | None] = Counter()
+    for word, count in zip(words, nearest.bincount(minlength=len(words)).tolist(), strict=True):
+        share[word] += count
+    del share[None]
+    word, most = share.most_common(1)[0]
+    enough = most >= _OF_PICTURE * len(nearest) and most >= _OF_COLOURED * share.total()
+    return word if enough else None
+
+
+def vary_caption(
+    drawing: Drawing, rng: random.Random, *, drop: float = 0.1, colour: str | None = None
+) -> str:
+    """One of the drawing's names, sometimes in a template, without a word or with its colour."""
     name = drawing.caption if rng.random() < 0.6 else rng.choice(drawing.names)
     words = [w for w in name.split() if rng.random() >= drop] or name.split()
+    if colour is not None and colour not in name.split() and rng.random() < _COLOUR_WORD:
+        words.insert(0, colour)
     return rng.choice(_TEMPLATES).format(" ".join(words))
