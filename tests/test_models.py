@@ -71,16 +71,17 @@ def test_standard_loss_is_the_contract():
         assert float(got) == pytest.approx(float(want), rel=1e-6)
 
 
-def test_clip_ignores_padding():
+@pytest.mark.parametrize("pool", ["mean", "token"])
+def test_clip_ignores_padding(pool):
     torch.manual_seed(0)
-    model = CLIP(SMALL).eval()
+    model = CLIP(dataclasses.replace(SMALL, pool=pool)).eval()
     tokens = tokens_of(4)
     other = torch.where(tokens == 0, torch.tensor(5), tokens)
     torch.testing.assert_close(model.encode_text(tokens), model.encode_text(other))
 
 
 def test_clip_has_open_clip_names():
-    names = set(CLIP(dataclasses.replace(SMALL, stem="patch")).state_dict())
+    names = set(CLIP(dataclasses.replace(SMALL, stem="patch", pool="token")).state_dict())
     assert {
         "visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding",
         "visual.ln_pre.weight", "visual.transformer.resblocks.0.attn.in_proj_weight",
@@ -226,6 +227,7 @@ def test_load_names_what_is_missing_or_damaged(tmp_path):
     [
         (lambda: CLIPConfig(patch_size=7, stem="patch"), "patch_size: expected a divisor of"),
         (lambda: CLIPConfig(patch_size=7), "patch_size: expected a power of 2"),
+        (lambda: CLIPConfig(pool="max"), "pool: expected one of"),
         (lambda: CLIPConfig(stem="dense"), "stem: expected one of"),
         (lambda: CLIPConfig(vision_heads=3), "vision_heads: expected a divisor of"),
         (lambda: CLIPConfig(text_heads=5), "text_heads: expected a divisor of"),

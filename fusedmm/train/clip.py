@@ -28,7 +28,7 @@ class ClipRecipe:
     model: CLIPConfig = field(default_factory=CLIPConfig)
     limit: int | None = None
     variant_power: float = 0.75
-    variant_group: int = 4
+    variant_group: int = 2
     word_drop: float = 0.2
 
 

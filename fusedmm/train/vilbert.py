@@ -51,7 +51,7 @@ class ViLBERTRecipe:
 def build_vilbert(
     recipe: ViLBERTRecipe, clip: CLIP, tokenizer: Tokenizer, backend: str | None = None
 ) -> ViLBERT:
-    """The model with the recipe's initial weights: CLIP's picture tower inside, frozen."""
+    """The model with the recipe's initial weights: CLIP's words, and its picture tower, frozen."""
     torch.manual_seed(step_seed(recipe.loop.seed, 0, stream=2))
     config = replace(
         recipe.model,
@@ -61,6 +61,9 @@ def build_vilbert(
     )
     model = ViLBERT(config, attention_backend=backend)
     model.region_encoder.load_state_dict(clip.visual.state_dict())
+    words, known = model.embeddings.word_embeddings.weight, clip.token_embedding.weight
+    if words.shape == known.shape:  # same tokenizer, same width: start from words that CLIP knows
+        words.data.copy_(known)
     return model.to(device())
 
 
