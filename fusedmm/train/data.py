@@ -64,7 +64,9 @@ def base_emoji(emoji: str) -> str:
     "woman farmer, dark skin tone" and "farmer" share a base, so do the white and the rainbow flag.
     """
     points = [ord(c) for c in emoji]
-    rest = [p for p in points if p not in _MODIFIERS] or points
+    rest = [p for p in points if p not in _MODIFIERS]
+    if not rest:  # a modifier on its own: the swatches of skin and hair are each one base
+        rest = [min(_TONES)] if points[0] in _TONES else points[:1]
     if rest[0] in _HEADS:
         key = "-".join(dict.fromkeys(_HEADS.get(p, f"{p:04X}") for p in rest))
     elif rest[0] in _REGIONAL or rest[-1] == _KEYCAP:
