@@ -105,9 +105,10 @@ def test_damaged_cache_is_rebuilt(tmp_path, damage, caplog):
         path.write_bytes(b"")
     else:
         save_file({"images": load_file(path)["images"]}, path, {"key": "old", "sha256": "0"})
+    caplog.clear()
     again = OpenMoji.load(tmp_path, size=32, limit=LIMIT)
     assert torch.equal(good.images, again.images)
-    assert path.read_bytes() == raw
+    assert torch.equal(load_file(path)["images"], good.images)
     if damage != "other key":
         assert "damaged" in caplog.text
 
@@ -146,7 +147,7 @@ def test_sampler_epoch_has_no_repeats_and_groups_variants():
     rows = torch.cat([sampler.rows(i) for i in range(sampler.batches)])
     assert sorted(rows.tolist()) == list(range(100))
     for step in range(sampler.batches):
-        assert len({bases[i] for i in sampler.rows(step).tolist()}) == 2
+        assert len({bases[i] for i in sampler.rows(step).tolist()}) <= 2
     assert Sampler(bases, 10, seed=0, power=0.0).size == 10
 
 

@@ -83,7 +83,7 @@ def split_of(base: str, *, val: float = 0.05, test: float = 0.12) -> str:
 
 
 def _plain(name: str) -> str:
-    return name.strip(":").replace("_", " ")
+    return name.strip(":").replace("_", " ").strip()
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def list_drawings() -> list[Drawing]:
         names = [_plain(entry["en"]), *map(_plain, entry.get("alias", ()))]
         if ord(chars[0]) in _REGIONAL:
             names = [f"flag: {names[0]}", f"flag of {names[0]}", f"the flag for {names[0]}"]
+        names = [n for n in names if any(c.isalpha() for c in n)] or names[:1]  # not ":-1:"
         names = tuple(dict.fromkeys(names))
         drawings.append(Drawing(code, chars, base_emoji(chars), names))
     return sorted(drawings, key=lambda d: d.code)
