@@ -144,7 +144,10 @@ def _compare_with_bar(
 def _start(run_dir: Path, key: str, fresh: bool) -> Metrics | None:
     if fresh and run_dir.exists():
         shutil.rmtree(run_dir)
-    return read_metrics(run_dir, key)
+    metrics = read_metrics(run_dir, key)
+    if metrics is not None:
+        console.say(f"{run_dir}: finished before, used as it is")
+    return metrics
 
 
 def _finish(run_dir: Path, metrics: Metrics) -> Metrics:
