@@ -39,11 +39,11 @@ class CLIPConfig:
     context_length: int = 24
     vocab_size: int = 1024
     text_width: int = 128
-    text_layers: int = 2
+    text_layers: int = 3
     text_heads: int = 4
     embed_dim: int = 128
     pool: str = "mean"
-    init_temperature: float = 0.05
+    init_temperature: float = 0.07
     max_logit_scale: float = 100.0
 
     def __post_init__(self) -> None:

@@ -24,12 +24,12 @@ from fusedmm.train.sampling import Sampler, augment, may_flip, own_colour, step_
 class ClipRecipe:
     """Everything that decides the numbers of this recipe."""
 
-    loop: LoopConfig = field(default_factory=LoopConfig)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=700))
     model: CLIPConfig = field(default_factory=CLIPConfig)
     limit: int | None = None
-    variant_power: float = 0.75
-    variant_group: int = 2
-    word_drop: float = 0.2
+    variant_power: float = 0.7
+    variant_group: int = 1
+    word_drop: float = 0.15
 
 
 def train_tokenizer(data: OpenMoji, config: CLIPConfig) -> Tokenizer:

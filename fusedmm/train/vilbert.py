@@ -28,11 +28,11 @@ class ViLBERTRecipe:
     """Everything that decides the numbers of this recipe, given the CLIP it starts from."""
 
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=400, batch_size=128, lr=7e-4, warmup=60)
+        default_factory=lambda: LoopConfig(steps=350, batch_size=128, lr=7e-4, warmup=60)
     )
     model: ViLBERTConfig = field(default_factory=ViLBERTConfig)
     limit: int | None = None
-    variant_power: float = 0.75
+    variant_power: float = 0.7
     mask_probability: float = 0.2
     views: int = 3
     hard_negatives: int = 16
