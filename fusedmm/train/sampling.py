@@ -141,10 +141,10 @@ def augment(images: Tensor, flips: Tensor, generator: torch.Generator) -> Tensor
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     out = F.grid_sample(images - 1, grid, align_corners=False) + 1  # padding 0 becomes white
     gray = out.mean(dim=1, keepdim=True)
-    out = gray + (out - gray) * uniform(0.7, 1.3).view(b, 1, 1, 1)
+    out = gray + (out - gray) * uniform(0.85, 1.15).view(b, 1, 1, 1)
     mean = out.mean(dim=(1, 2, 3), keepdim=True)
-    out = mean + (out - mean) * uniform(0.8, 1.2).view(b, 1, 1, 1)
-    return (out * uniform(0.85, 1.1).view(b, 1, 1, 1)).clamp(0, 1)
+    out = mean + (out - mean) * uniform(0.9, 1.1).view(b, 1, 1, 1)
+    return (out * uniform(0.93, 1.05).view(b, 1, 1, 1)).clamp(0, 1)
 
 
 def own_colour(image: Tensor) -> str | None:
