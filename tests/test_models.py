@@ -53,7 +53,7 @@ def test_clip_fused_equals_standard():
     images, tokens = torch.rand(12, 3, 32, 32), tokens_of(12)
     ids = torch.arange(12) // 2  # every caption twice
     a, b = ours.loss(images, tokens, ids), standard.loss(images, tokens, ids)
-    assert float(a) == pytest.approx(float(b), rel=1e-5)
+    assert a.item() == pytest.approx(b.item(), rel=1e-5)
     theirs = gradients(standard, b)
     for name, grad in gradients(ours, a).items():
         torch.testing.assert_close(grad, theirs[name], rtol=1e-3, atol=1e-5, msg=name)
@@ -161,7 +161,7 @@ def test_vilbert_fused_equals_standard():
             model.matching_logits(encoded).square().sum()
             + model.mlm_logits(encoded.text).logsumexp(dim=-1).mean()
         )
-    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     theirs = gradients(standard, losses[1])
     mine = gradients(ours, losses[0])
     assert mine.keys() == theirs.keys()
