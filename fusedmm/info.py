@@ -1,4 +1,4 @@
-"""What is installed and what runs here: versions, instruction set, each backend and why it is off."""
+"""What is installed and runs here: versions, instruction set, each backend and why it is off."""
 
 import platform
 
@@ -30,7 +30,7 @@ def lines() -> list[str]:
 
 
 def state(name: str) -> str:
-    """"on", or why backend `name` cannot run an ordinary call on its own device."""
+    """ "on", or why backend `name` cannot run an ordinary call on its own device."""
     device = "cuda" if name in ("cuda", "triton") else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         return "off: no CUDA device"

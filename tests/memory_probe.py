@@ -1,6 +1,6 @@
 """Prints by how many bytes one forward and backward of each op raises this process's peak memory.
 
-Run as a script with a backend and sizes M = N; prints {op: [bytes, ...]} as JSON, or "unsupported" where the
+Run as a script with a backend and M = N; prints {op: bytes} as JSON, or "unsupported" where the
 kernel does not let a process reset its peak.
 """
 
@@ -45,7 +45,7 @@ def in_child(op: str, backend: str, size: int) -> int:
     return int(os.read(reader, 100))
 
 
-def main(backend: str, sizes: list[int]) -> None:
+def main(backend: str, size: int) -> None:
     """Forks before anything has started a thread."""
     try:
         with open("/proc/self/clear_refs", "w") as reset:
@@ -53,9 +53,9 @@ def main(backend: str, sizes: list[int]) -> None:
     except OSError:
         print("unsupported")
         return
-    print(json.dumps({op: [in_child(op, backend, n) for n in sizes] for op in POSITIONAL}))
+    print(json.dumps({op: in_child(op, backend, size) for op in POSITIONAL}))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    main(sys.argv[1], [int(n) for n in sys.argv[2:]])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,5 +1,5 @@
-"""Which backend runs a call: by name, by region, by environment, or the first that accepts; and what
-a refusal says. Uses the real table of backends, and stand-ins where a machine has too few.
+"""Which backend runs a call: by name, by region, by environment, or the first that accepts; and
+what a refusal says. The real table of backends, and stand-ins where a machine has too few.
 """
 
 import os

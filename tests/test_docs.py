@@ -77,8 +77,6 @@ def test_signature_is_the_contract(op):
         "normalize=False, reduction='mean', group=None, backend=None",
     }
     signature = inspect.signature(getattr(fusedmm, op))
-    plain = [
-        p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()
-    ]
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     got = str(inspect.Signature(plain)).strip("()")
     assert got == spelled[op]

@@ -23,17 +23,18 @@ def _growth(backend: str, size: int) -> dict[str, int]:
     )
     if done.stdout.strip() == "unsupported":
         pytest.skip("a process may not reset its peak memory here")
-    return json.loads(done.stdout)
+    growth = json.loads(done.stdout)
+    assert growth.keys() == POSITIONAL.keys()
+    return growth
 
 
 @pytest.mark.skipif(not built, reason="extension not built")
 def test_peak_is_far_below_a_score_matrix():
-    """Half of one fp32 score matrix of 256 MiB, gradients and all partial sums included."""
-    size = 8192
-    growth = _growth("cpu", size)
-    assert growth.keys() == POSITIONAL.keys()
-    for op, grown in growth.items():
-        assert grown < 4 * size * size // 2, f"{op}: {grown / 2**20:.0f} MiB"
+    """A third of one fp32 score matrix of 576 MiB, gradients and all partial sums included: the
+    attentions' partial sums are capped at 64 MiB a direction."""
+    size = 12288
+    for op, grown in _growth("cpu", size).items():
+        assert grown < 4 * size * size / 3, f"{op}: {grown / 2**20:.0f} MiB"
 
 
 def test_the_probe_sees_a_score_matrix():

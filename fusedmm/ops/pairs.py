@@ -1,8 +1,7 @@
 """Arithmetic on the O(M + N) statistics of a pair loss: loss per row, backward coefficients, mean.
 
 A statistic holds, per row, [lse of negatives, lse of positives, sum of positive s, number of
-positives, sum of all s, number of all]; blocks of columns merge by `merge`. Kept in fp64, as an
-fp32 lse of 200 would put an error of 8e-6 on every probability.
+positives, sum of all s, number of all] in fp64; blocks of columns merge by `merge`.
 """
 
 import torch
@@ -40,17 +39,13 @@ def coefficients(stats: Tensor, dloss: Tensor, label_smoothing: float) -> Tensor
     there is one positive, p - target is taken as target's complement, without cancellation.
     """
     neg, pos, _, n_pos, _, n_all = stats
-    lse = torch.logaddexp(neg, pos)
     weight = torch.where(n_pos > 0.0, dloss, 0.0)
+    # Rows without weight get p = 0, so that no kernel multiplies 0 by an overflowed exp.
+    lse = torch.where(weight == 0.0, float("inf"), torch.logaddexp(neg, pos))
     target = (1.0 - label_smoothing) / n_pos.clamp_min(1.0)
     uniform = label_smoothing / n_all.clamp_min(1.0)
-    single = label_smoothing - torch.exp(neg - lse)
-    # p = c * exp(s - rounded): c goes into the weight, and out of what the weight multiplies.
-    rounded = lse.to(dloss.dtype)
-    c = torch.where(lse.isfinite(), torch.exp(rounded - lse), 1.0)
-    single = torch.where(n_pos == 1.0, (single / c).clamp_max(1.0), 2.0)
-    rows = [lse, weight * c, target / c, uniform / c, single]
-    return torch.stack([row.to(dloss.dtype) for row in rows])
+    single = torch.where(n_pos == 1.0, label_smoothing - torch.exp(neg - lse), 2.0)
+    return torch.stack([lse, weight, target, uniform, single])
 
 
 def mean_of(loss: Tensor, n_pos: Tensor) -> Tensor:

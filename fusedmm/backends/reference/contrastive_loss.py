@@ -56,9 +56,9 @@ def matches(
 def fwd(
     x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
 ) -> tuple[Tensor, Tensor]:
-    """stats_x [6, G, M], stats_y [6, G, N]: lse of negatives, lse / sum / count of positives, sum /
-    count of all, fp64 (fp32 will do). logit_scale is [G, M] or [1]; zeros where not wanted."""
-    s = logit_scale.view(-1, logit_scale.shape[-1], 1) * dots(x, y, normalize)
+    """stats_x [6, G, M], stats_y [6, G, N] fp64: lse of negatives, lse / sum / count of positives,
+    sum / count of all. logit_scale is [G, M] or [1]; zeros where not wanted."""
+    s = logit_scale[..., None] * dots(x, y, normalize)
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
     return _stats(s, pos, out), _stats(s.mT, pos.mT, out.mT)
 
@@ -87,12 +87,12 @@ def bwd(
 ) -> list[Tensor]:
     """Gradients of (x, y, logit_scale [G, M]) where `needs`.
 
-    coef [5, G, rows]: lse, weight w, target t, uniform u, and g for single positives (else 2):
+    coef [5, G, rows] fp64: lse, weight w, target t, uniform u, and g for single positives (else 2):
     ds = w * (p - u) on negatives and w * ((p - t or g) - u) on positives, per direction.
     """
     xh, inv_x = unit(x, normalize)
     yh, inv_y = unit(y, normalize)
-    scale = logit_scale.view(-1, logit_scale.shape[-1], 1)  # [G, M, 1] or [1, 1, 1]
+    scale = logit_scale[..., None]  # [G, M, 1] or [1, 1]
     products = xh @ yh.mT
     s = scale * products
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
@@ -108,4 +108,4 @@ def _ds(s: Tensor, pos: Tensor, out: Tensor, coef: Tensor) -> Tensor:
     p = torch.exp(s - torch.where(lse == NEG_INF, 0.0, lse))
     at_pos = torch.where(g <= 1.0, g, p - t)
     ds = w * (torch.where(pos, at_pos, p) - u)
-    return torch.where(out | (w == 0.0), 0.0, ds)
+    return torch.where(out | (w == 0.0), 0.0, ds).to(s.dtype)

@@ -16,7 +16,7 @@ def reject(problem) -> list[str]:
 @full_precision
 def fwd(x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize) -> Tensor:
     """Row sums of softplus(-z * s), [G, M]; logit_scale [G, M] or [1], logit_bias [1]."""
-    scale = logit_scale.view(-1, logit_scale.shape[-1], 1)
+    scale = logit_scale[..., None]
     s = scale * dots(x, y, normalize) + logit_bias
     pos, _ = matches(positives, ids_x, ids_y, False, s)
     return -logsigmoid(torch.where(pos, s, -s)).sum(-1)
@@ -29,7 +29,7 @@ def bwd(
     """Gradients of (x, y, logit_scale [G, M], logit_bias [G, M]) where `needs`; dloss [G, M]."""
     xh, inv_x = unit(x, normalize)
     yh, inv_y = unit(y, normalize)
-    scale = logit_scale.view(-1, logit_scale.shape[-1], 1)
+    scale = logit_scale[..., None]
     products = xh @ yh.mT
     s = scale * products + logit_bias
     pos, _ = matches(positives, ids_x, ids_y, False, s)
