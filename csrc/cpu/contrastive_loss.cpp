@@ -200,7 +200,7 @@ class Backward {
     w.transfer.ok ? gradients<true>(t, w, m, out) : gradients<false>(t, w, m, out);
     for (int k = 0; k < t.matches; ++k) {
       const Match& at = t.match[k];
-      const float scale = t.scale[at.i], s = at.dot * scale;
+      const float scale = t.scale[at.i], s = rounded(at.dot * scale);
       float ds = 0.0f;
       if (at.positive) ds = x_.at_positive(m + at.i, s) + y_.at_positive(n + at.j, s);
       if (dscale_) dscale_[m + at.i] += ds * at.dot;
@@ -221,7 +221,7 @@ class Backward {
       Vec total{};
       for (int v = 0; v < t.nv; ++v) {
         const int at = v * kLanes;
-        const Vec dots = load(t.s + i * kBlock + at), s = dots * scale;
+        const Vec dots = load(t.s + i * kBlock + at), s = rounded(dots * scale);
         const Vec p = exp2((s - lse - low) * kLog2E);
         const Vec less = s - load(w.column_lse + at) - load(w.column_low + at);
         const Vec q = kOneExp ? p * (carry * load(w.transfer.column + at)) : exp2(less * kLog2E);
