@@ -61,9 +61,7 @@ class TestContrastiveLoss(PairLossSuite):
         for smoothing in (0.1, 0.5):
             want = F.cross_entropy(s, labels, label_smoothing=smoothing)
             smooth = case.replace(label_smoothing=smoothing, direction="x")
-            torch.testing.assert_close(
-                fused(smooth, backend)[0].double(), want, rtol=1e-6, atol=0
-            )
+            torch.testing.assert_close(fused(smooth, backend)[0].double(), want, rtol=1e-6, atol=0)
 
     def test_directions(self, backend, device):
         case = harness.accepted(self.case(SQUARE, device=device), backend)
@@ -152,13 +150,11 @@ class TestContrastiveLoss(PairLossSuite):
         )
         want = torch.log1p(torch.tensor(199 * 2.718281828459045**-40.0, dtype=torch.float64)).item()
         for t in loss:
-            torch.testing.assert_close(
-                t, torch.full_like(t, want), rtol=5e-5, atol=0
-            )
+            torch.testing.assert_close(t, torch.full_like(t, want), rtol=5e-5, atol=0)
 
     @pytest.mark.parametrize("temperature", [0.005, 0.01])
     def test_small_temperature(self, backend, device, temperature):
-        """Scale 200: no infinite loss, no NaN gradient; badly fitted pairs cost hundreds of nats."""
+        """Scale 200: no infinite loss, no NaN gradient; badly fitted pairs cost hundreds."""
         for seed, fit in ((0, None), (1, 0.5)):
             case = self.case(
                 testing.PAIR_SHAPES["three_tiles"], logit_scale=1 / temperature, fit=fit,
@@ -179,7 +175,9 @@ class TestContrastiveLoss(PairLossSuite):
             harness.check_oracle(big, backend)
         negative = case.replace(logit_scale=-case.tensors["logit_scale"])
         harness.check_oracle(negative, backend)
-        harness.check_oracle(case.replace(logit_scale=torch.zeros_like(negative.tensors["logit_scale"])), backend)
+        harness.check_oracle(
+            case.replace(logit_scale=torch.zeros_like(negative.tensors["logit_scale"])), backend
+        )
 
     @pytest.mark.parametrize("bad", [NAN, float("inf")], ids=["nan", "inf"])
     def test_bad_row_stays_in_its_row(self, backend, device, dtype, bad):
