@@ -154,7 +154,7 @@ class TestContrastiveLoss(PairLossSuite):
 
     @pytest.mark.parametrize("temperature", [0.005, 0.01])
     def test_small_temperature(self, backend, device, temperature):
-        """Scale 200: no infinite loss, no NaN gradient; badly fitted pairs cost hundreds."""
+        """Scale 200: no infinite loss, no NaN gradient; badly fitted pairs cost 100 nats."""
         for seed, fit in ((0, None), (1, 0.5)):
             case = self.case(
                 testing.PAIR_SHAPES["three_tiles"], logit_scale=1 / temperature, fit=fit,

@@ -123,6 +123,7 @@ def _fwd(
     want_y: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs.check_positives(positives, y.shape[1])
     stats_x, stats_y = backends.load(backend, "contrastive_loss").fwd(
         x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
     )

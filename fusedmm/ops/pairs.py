@@ -7,6 +7,8 @@ positives, sum of all s, number of all] in fp64; blocks of columns merge by `mer
 import torch
 from torch import Tensor
 
+from .. import check
+
 NEG_INF = float("-inf")
 
 
@@ -57,6 +59,17 @@ def as_rows(logit_scale: Tensor | float, x: Tensor, G: int, M: int) -> Tensor:
     if not isinstance(logit_scale, Tensor):
         return torch.full((1,), float(logit_scale), dtype=dtype, device=x.device)
     return logit_scale.to(dtype).reshape((1,) if logit_scale.numel() == 1 else (G, M))
+
+
+def check_positives(positives: Tensor | None, N: int) -> None:
+    """ValueError on an index outside [0, N). On a GPU it would stall the stream: there such a row
+    has no match."""
+    if positives is None or positives.device.type != "cpu" or positives.numel() == 0:
+        return
+    low, high = (int(t) for t in positives.aminmax())
+    if low < 0 or high >= N:
+        got = low if low < 0 else high
+        raise check.bad("contrastive_loss", "positives", f"indices in [0, {N})", got)
 
 
 def default_positives(G: int, M: int, device: torch.device) -> Tensor:

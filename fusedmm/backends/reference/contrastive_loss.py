@@ -64,12 +64,21 @@ def fwd(
 
 
 def _stats(s: Tensor, pos: Tensor, out: Tensor) -> Tensor:
-    neg = s.masked_fill(pos | out, NEG_INF).logsumexp(-1)
-    lse_pos = s.masked_fill(~pos, NEG_INF).logsumexp(-1)
-    sum_pos = s.masked_fill(~pos, 0.0).sum(-1)
-    total = s.masked_fill(out, 0.0).sum(-1)
-    columns = (neg, lse_pos, sum_pos, pos.sum(-1), total, (~out).sum(-1))
-    return torch.stack([c.double() for c in columns])
+    neg = _logsumexp(s.masked_fill(pos | out, NEG_INF))
+    lse_pos = _logsumexp(s.masked_fill(~pos, NEG_INF))
+    sum_pos = s.masked_fill(~pos, 0.0).sum(-1, dtype=torch.float64)
+    total = s.masked_fill(out, 0.0).sum(-1, dtype=torch.float64)
+    n_pos, n_all = (t.sum(-1, dtype=torch.float64) for t in (pos, ~out))
+    return torch.stack([neg, lse_pos, sum_pos, n_pos, total, n_all])
+
+
+def _logsumexp(s: Tensor) -> Tensor:
+    """fp64, though the exponentials are those of s's dtype."""
+    if s.shape[-1] == 0:
+        return s.new_full(s.shape[:-1], NEG_INF, dtype=torch.float64)
+    top = s.amax(-1)
+    top = torch.where(top == NEG_INF, 0.0, top)
+    return top.double() + torch.exp(s - top[..., None]).sum(-1, dtype=torch.float64).log()
 
 
 @full_precision
