@@ -1,0 +1,174 @@
+"""Tile primitives of the Triton kernels: masked loads, the score tile, softmax pieces, dropout bits.
+
+Every jit function works on one tile and knows no op. Accumulation is fp32; fp32 inputs are
+multiplied with input_precision="ieee". Tensors arrive as `Rows` (see _args.py), strides in elements.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head(t, bh, H):
+    """Pointer to the [L, width] matrix of head bh = b * H + h."""
+    return t.ptr + (bh // H).to(tl.int64) * t.b + (bh % H).to(tl.int64) * t.h
+
+
+@triton.jit
+def load_tile(ptr, t, offs_m, keep_m, EVEN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows offs_m of the matrix at ptr, [BLOCK_M, BLOCK]; rows not kept and columns past WIDTH are
+    0, also where memory holds NaN. EVEN says that every row is kept."""
+    offs_d = tl.arange(0, BLOCK)
+    ptrs = ptr + offs_m[:, None].to(tl.int64) * t.m + offs_d[None, :].to(tl.int64) * t.d
+    if WIDTH == BLOCK:
+        if EVEN:
+            return tl.load(ptrs)
+        return tl.load(ptrs, mask=keep_m[:, None], other=0.0)
+    return tl.load(ptrs, mask=keep_m[:, None] & (offs_d < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, t, offs_m, M, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the rows offs_m < M and the columns below WIDTH."""
+    offs_d = tl.arange(0, BLOCK)
+    ptrs = ptr + offs_m[:, None].to(tl.int64) * t.m + offs_d[None, :].to(tl.int64) * t.d
+    inside = (offs_m < M)[:, None] & (offs_d < WIDTH)[None, :]
+    tl.store(ptrs, value.to(t.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def kept(keep, b, offs, L):
+    """offs < L and, with a mask, kept by it: [BLOCK] bool."""
+    inside = offs < L
+    if keep.HAS:
+        ptrs = keep.ptr + b.to(tl.int64) * keep.b + offs.to(tl.int64) * keep.m
+        inside = inside & (tl.load(ptrs, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def load_row(ptr, bh, offs, L):
+    """Entries offs of row bh of a contiguous [B * H, L] fp32 array, 0 outside."""
+    return tl.load(ptr + bh.to(tl.int64) * L + offs, mask=offs < L, other=0.0)
+
+
+@triton.jit
+def store_row(ptr, bh, offs, L, value):
+    """Writes the entries offs < L of row bh of a contiguous [B * H, L] array."""
+    tl.store(ptr + bh.to(tl.int64) * L + offs, value, mask=offs < L)
+
+
+@triton.jit
+def dot_tile(a, b):
+    """a @ b in fp32; a is rounded to b's type, as the tensor core wants it."""
+    return tl.dot(a.to(b.dtype), b, input_precision="ieee")
+
+
+@triton.jit
+def s_tile(a, b, score, bias, bh, H, offs_m, offs_n, M, N):
+    """Scores [BLOCK_M, BLOCK_N] = clamp(scale * a @ b.T) + bias, and where clamp passes gradient.
+
+    Entries outside [M, N] are what the zero rows of a and b give: the caller masks them.
+    """
+    s = dot_tile(a, tl.trans(b)) * score.scale
+    passes = s == s
+    if score.CLAMPED:
+        passes = (s >= -score.clamp) & (s <= score.clamp)
+        s = tl.where(s > score.clamp, score.clamp, tl.where(s < -score.clamp, -score.clamp, s))
+    if bias.HAS:
+        ptrs = head(bias, bh, H) + offs_m[:, None].to(tl.int64) * bias.m
+        ptrs += offs_n[None, :].to(tl.int64) * bias.d
+        inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        s += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    return s, passes
+
+
+@triton.jit
+def finite_or(x, other):
+    """x, with -inf replaced: the only guard of (-inf) - (-inf)."""
+    return tl.where(x == float("-inf"), other, x)
+
+
+@triton.jit
+def p_from_lse(s, lse):
+    """exp(s - lse[:, None]), 0 where s is -inf also if lse is."""
+    return tl.exp(s - finite_or(lse, 0.0)[:, None])
+
+
+@triton.jit
+def dropped(p, drop, seed, DIRECTION: tl.constexpr, bh, offs_m, n0, BLOCK_N: tl.constexpr):
+    """p [BLOCK_M, BLOCK_N] with dropped entries 0 and kept ones times 1 / (1 - p).
+
+    Word n % 4 of Philox counter (n // 4, m, b * H + h, direction) decides entry [m, n]; n0 % 4 == 0.
+    """
+    n4 = n0 // 4 + tl.arange(0, BLOCK_N // 4)
+    c0 = tl.broadcast_to(n4[None, :].to(tl.int32), (offs_m.shape[0], BLOCK_N // 4))
+    c1 = tl.broadcast_to(offs_m[:, None].to(tl.int32), (offs_m.shape[0], BLOCK_N // 4))
+    zero = tl.zeros_like(c0)
+    r0, r1, r2, r3 = tl.philox(seed.to(tl.int64), c0, c1, zero + bh, zero + DIRECTION)
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))
+    bits = tl.reshape(words, (offs_m.shape[0], BLOCK_N)).to(tl.uint32, bitcast=True)
+    keep = bits >= drop.threshold.to(tl.uint32)
+    return tl.where(keep, p * drop.inverse, 0.0)
+
+
+@triton.jit
+def merge_lse(a, b):
+    """log(exp(a) + exp(b)) with the -inf rule."""
+    top = finite_or(tl.maximum(a, b), 0.0)
+    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
+
+
+@triton.jit
+def p_both(s, la, lb, centre):
+    """p_row = exp(s - la[:, None]) and p_col = exp(s - lb[None, :]) from one exp where that is safe.
+
+        e = exp(s - (la + lb) / 2);  p_row = e * exp((lb - la) / 2);  p_col = e * exp((la - lb) / 2)
+
+    The factors split into row and column vectors around `centre`; they stay in range while la and
+    lb lie within 60 of it, otherwise the tile takes a second exp. la and lb are never -inf.
+    """
+    far = tl.maximum(tl.max(tl.abs(la - centre), 0), tl.max(tl.abs(lb - centre), 0))
+    if far <= 60.0:
+        a = 0.5 * (la - centre)
+        b = 0.5 * (lb - centre)
+        e = tl.exp((s - centre) - a[:, None] - b[None, :])
+        p_row = e * tl.exp(-a)[:, None] * tl.exp(b)[None, :]
+        p_col = e * tl.exp(a)[:, None] * tl.exp(-b)[None, :]
+    else:
+        p_row = tl.exp(s - la[:, None])
+        p_col = tl.exp(s - lb[None, :])
+    return p_row, p_col
+
+
+@triton.jit
+def e_both(s, s_row, s_col, in_m):
+    """One exp for both maxima of a tile: e, u, w, r, top, col_max with the separable reference
+
+        u[i] = max_j s_row;  w[j] = max_i (s - u);  e = exp(s - u - w) <= 1
+        exp(s - u)   = e * exp(w)              p of the row softmax, before its sum
+        exp(s - top) = e * r * exp(w), r = exp(u - top), top = max_i u
+
+    s_row and s_col are s with -inf at keys that are masked in that direction. `near` says that
+    the column form keeps its bits: w + top is within 60 of the column's own maximum.
+    """
+    u = finite_or(tl.max(s_row, 1), 0.0)
+    w = finite_or(tl.max(s - u[:, None], 0), 0.0)
+    e = tl.exp(s - u[:, None] - w[None, :])
+    top = tl.max(tl.where(in_m, u, float("-inf")), 0)
+    r = tl.where(in_m, tl.exp(u - top), 0.0)
+    col_max = tl.max(s_col, 0)
+    near = tl.max(tl.where(col_max == float("-inf"), 0.0, w + top - col_max), 0) <= 60.0
+    return e, u, w, r, top, col_max, near
+
+
+@triton.jit
+def p_col_of(e, s_col, w, r, top, col_max, near, ref):
+    """exp(s_col - ref[None, :]) from e where near, by a second exp elsewhere; ref >= col_max."""
+    safe = finite_or(ref, 0.0)
+    if near:
+        factor = tl.where(col_max == float("-inf"), 0.0, tl.exp(w + top - safe))
+        p = e * r[:, None] * factor[None, :]
+    else:
+        p = tl.exp(s_col - safe[None, :])
+    return p

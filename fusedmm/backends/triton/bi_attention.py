@@ -1,0 +1,1 @@
+def reject(problem): return ["x"]

@@ -1,0 +1,42 @@
+"""Tile choices of the Triton kernels: the nearest row of a table, in log space.
+
+tables/<op>.<gpu>.json holds a list of rows {kernel, bits, width, tile..., evidence}; <gpu> is the
+device's name in lower case with dashes, and "default" serves every device without a table.
+"""
+
+import functools
+import json
+import math
+import pathlib
+
+import torch
+
+_TABLES = pathlib.Path(__file__).parent / "tables"
+
+
+def gpu_name(index: int | None = None) -> str:
+    """The device's name as tables spell it."""
+    return torch.cuda.get_device_name(index).lower().replace(" ", "-")
+
+
+@functools.cache
+def _rows(op: str, gpu: str) -> list[dict]:
+    path = _TABLES / f"{op}.{gpu}.json"
+    if not path.exists():
+        path = _TABLES / f"{op}.default.json"
+    return json.loads(path.read_text())
+
+
+@functools.cache
+def tile(op: str, kernel: str, dtype: torch.dtype, width: int, index: int | None) -> dict[str, int]:
+    """Tile sizes, num_warps and num_stages of `kernel` for inputs of `dtype` and padded `width`."""
+    bits = torch.finfo(dtype).bits
+    rows = [r for r in _rows(op, gpu_name(index)) if r["kernel"] == kernel and r["bits"] == bits]
+    best = min(rows, key=lambda r: abs(math.log2(r["width"]) - math.log2(width)))
+    return best["tile"]
+
+
+@functools.cache
+def processors(index: int | None) -> int:
+    """Streaming multiprocessors of the device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
