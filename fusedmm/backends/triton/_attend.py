@@ -44,6 +44,7 @@ class Direction(NamedTuple):
     D: Any
     DV: Any
     INDEX: Any  # of the direction in dropout's counter
+    FLIP: Any  # whether that counter's m is the key
 
 
 class Grads(NamedTuple):
@@ -57,11 +58,10 @@ class Grads(NamedTuple):
     dv: Rows
 
 
-def direction(q, k, v, keep, bias, score, o, lse, index: int) -> Direction:
+def direction(q, k, v, keep, bias, score, o, lse, index: int, flip: bool = False) -> Direction:
     sizes = q.shape[2], k.shape[2], tl.constexpr(q.shape[3]), tl.constexpr(v.shape[3])
-    return Direction(
-        rows(q), rows(k), rows(v), keep, bias, score, rows(o), lse, *sizes, tl.constexpr(index)
-    )
+    facts = tl.constexpr(index), tl.constexpr(flip)
+    return Direction(rows(q), rows(k), rows(v), keep, bias, score, rows(o), lse, *sizes, *facts)
 
 
 @triton.jit
@@ -86,7 +86,8 @@ def _fwd(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     bh = pid // tl.cdiv(t.M, BLOCK_M)
-    offs_m = pid % tl.cdiv(t.M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = pid % tl.cdiv(t.M, BLOCK_M) * BLOCK_M
+    offs_m = m0 + tl.arange(0, BLOCK_M)
     q = load_tile(head(t.q, bh, H), t.q, offs_m, offs_m < t.M, EVEN, t.D, BLOCK_D)
     k_ptr = head(t.k, bh, H)
     v_ptr = head(t.v, bh, H)
@@ -107,7 +108,7 @@ def _fwd(
         alpha = tl.exp(top - safe)
         total = total * alpha + tl.sum(p, 1)
         if drop.ON:
-            p = dropped(p, drop, seed, t.INDEX, bh, offs_m, n0, BLOCK_N)
+            p = dropped(p, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
         v = load_tile(v_ptr, t.v, offs_n, keep_n, full, t.DV, BLOCK_DV)
         acc = acc * alpha[:, None] + dot_tile(p, v)
         top = new_top
@@ -130,7 +131,8 @@ def delta_kernel(x, y, gx, gy, H, programs_x, BLOCK_M: tl.constexpr, BLOCK_DV: t
 @triton.jit
 def _delta(t, g, pid, H, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
     bh = pid // tl.cdiv(t.M, BLOCK_M)
-    offs_m = pid % tl.cdiv(t.M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = pid % tl.cdiv(t.M, BLOCK_M) * BLOCK_M
+    offs_m = m0 + tl.arange(0, BLOCK_M)
     inside = offs_m < t.M
     o = load_tile(head(t.o, bh, H), t.o, offs_m, inside, False, t.DV, BLOCK_DV)
     do = load_tile(head(g.do, bh, H), g.do, offs_m, inside, False, t.DV, BLOCK_DV)
@@ -158,7 +160,8 @@ def _dq(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     bh = pid // tl.cdiv(t.M, BLOCK_M)
-    offs_m = pid % tl.cdiv(t.M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = pid % tl.cdiv(t.M, BLOCK_M) * BLOCK_M
+    offs_m = m0 + tl.arange(0, BLOCK_M)
     inside = offs_m < t.M
     q = load_tile(head(t.q, bh, H), t.q, offs_m, inside, EVEN, t.D, BLOCK_D)
     do = load_tile(head(g.do, bh, H), g.do, offs_m, inside, EVEN, t.DV, BLOCK_DV)
@@ -178,7 +181,7 @@ def _dq(
             s = tl.where(keep_n[None, :], s, float("-inf"))
         dp = dot_tile(do, tl.trans(v))
         if drop.ON:
-            dp = dropped(dp, drop, seed, t.INDEX, bh, offs_m, n0, BLOCK_N)
+            dp = dropped(dp, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
         ds = p_from_lse(s, lse) * (dp - delta[:, None])
         acc += dot_tile(ds, k)
     store_tile(head(g.dq, bh, H), g.dq, offs_m, t.M, acc * t.score.scale, t.D, BLOCK_D)
@@ -227,8 +230,8 @@ def _dkv(
         dp = dot_tile(do, tl.trans(v))
         pf = p
         if drop.ON:
-            dp = dropped(dp, drop, seed, t.INDEX, bh, offs_m, n0, BLOCK_N)
-            pf = dropped(p, drop, seed, t.INDEX, bh, offs_m, n0, BLOCK_N)
+            dp = dropped(dp, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
+            pf = dropped(p, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
         dv += dot_tile(tl.trans(pf.to(do.dtype)), do)
         ds = p * (dp - delta[:, None])
         dk += dot_tile(tl.trans(ds.to(q.dtype)), q)
@@ -266,7 +269,7 @@ def attend_dbias_kernel(
                     s = tl.where(inside[:, None] & keep_n[None, :], s, float("-inf"))
                     dp = dot_tile(do, tl.trans(v))
                     if drop.ON:
-                        dp = dropped(dp, drop, seed, t.INDEX, bh, offs_m, n0, BLOCK_N)
+                        dp = dropped(dp, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
                     acc += p_from_lse(s, lse) * (dp - delta[:, None])
     db_store(db, sizes, slot_b, slot_h, tile_m, tile_n, acc, BLOCK_M, BLOCK_N)
 

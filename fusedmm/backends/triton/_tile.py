@@ -96,20 +96,31 @@ def p_from_lse(s, lse):
 
 
 @triton.jit
-def dropped(p, drop, seed, DIRECTION: tl.constexpr, bh, offs_m, n0, BLOCK_N: tl.constexpr):
-    """p [BLOCK_M, BLOCK_N] with dropped entries 0 and kept ones times 1 / (1 - p).
+def dropped(p, drop, seed, DIRECTION: tl.constexpr, FLIP: tl.constexpr, bh, m0, n0):
+    """Tile p at row m0 and column n0 with dropped entries 0 and kept ones times 1 / (1 - p).
 
-    Word n % 4 of Philox counter (n // 4, m, b * H + h, direction) decides entry [m, n]; n0 % 4 == 0.
+    Word n % 4 of Philox counter (n // 4, m, b * H + h, direction) decides entry [m, n]; with FLIP
+    the tile holds entry [n, m]. m0 and n0 are multiples of 4.
     """
-    n4 = n0 // 4 + tl.arange(0, BLOCK_N // 4)
-    c0 = tl.broadcast_to(n4[None, :].to(tl.int32), (offs_m.shape[0], BLOCK_N // 4))
-    c1 = tl.broadcast_to(offs_m[:, None].to(tl.int32), (offs_m.shape[0], BLOCK_N // 4))
-    zero = tl.zeros_like(c0)
-    r0, r1, r2, r3 = tl.philox(seed.to(tl.int64), c0, c1, zero + bh, zero + DIRECTION)
-    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))
-    bits = tl.reshape(words, (offs_m.shape[0], BLOCK_N)).to(tl.uint32, bitcast=True)
-    keep = bits >= drop.threshold.to(tl.uint32)
+    if FLIP:
+        keep = tl.trans(_keep(drop, seed, DIRECTION, bh, n0, m0, p.shape[1], p.shape[0]))
+    else:
+        keep = _keep(drop, seed, DIRECTION, bh, m0, n0, p.shape[0], p.shape[1])
     return tl.where(keep, p * drop.inverse, 0.0)
+
+
+@triton.jit
+def _keep(
+    drop, seed, DIRECTION: tl.constexpr, bh, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Dropout's decision at rows m0.. and columns n0..: one Philox call draws four columns."""
+    FOURS: tl.constexpr = BLOCK_N // 4
+    m = tl.broadcast_to((m0 + tl.arange(0, BLOCK_M))[:, None], (BLOCK_M, FOURS)).to(tl.int32)
+    n4 = tl.broadcast_to((n0 // 4 + tl.arange(0, FOURS))[None, :], (BLOCK_M, FOURS)).to(tl.int32)
+    zero = tl.zeros((BLOCK_M, FOURS), tl.int32)
+    r0, r1, r2, r3 = tl.philox(seed.to(tl.int64), n4, m, zero + bh, zero + DIRECTION)
+    words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (BLOCK_M, BLOCK_N))
+    return words.to(tl.uint32, bitcast=True) >= drop.threshold.to(tl.uint32)
 
 
 @triton.jit
