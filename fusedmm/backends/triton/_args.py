@@ -1,4 +1,4 @@
-"""What the kernels take: named tuples of pointers, strides and compile-time facts, and their makers.
+"""What the kernels take: named tuples of pointers, strides and compile-time facts; their makers.
 
 A tuple reaches a kernel as one argument; its `constexpr` fields specialise the kernel.
 """

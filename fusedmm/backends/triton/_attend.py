@@ -48,11 +48,12 @@ class Direction(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients of a Direction; delta = rowsum(do * o) - dlse."""
+    """Gradients of a Direction; delta = rowsum(do * o) - dlse, fix as in delta_kernel."""
 
     do: Rows
     dlse: Any
     delta: Any
+    fix: Any
     dq: Rows
     dk: Rows
     dv: Rows
@@ -119,17 +120,27 @@ def _fwd(
 
 
 @triton.jit
-def delta_kernel(x, y, gx, gy, H, programs_x, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """delta = rowsum(do * o) - dlse of both directions. Grid: tiles of BLOCK_M rows times B * H."""
+def delta_kernel(
+    x, y, gx, gy, H, programs_x, LARGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(do * o) - dlse and fix = -log2(sum exp(s - lse)) of both directions.
+
+    An fp32 lse near 1e4 is off by 5e-4, and so would p be: where |lse| > LARGE the scores are
+    walked once more to find by how much, elsewhere fix = 0. Grid: tiles of BLOCK_M rows, B * H.
+    """
     pid = tl.program_id(0)
     if pid < programs_x:
-        _delta(x, gx, pid, H, BLOCK_M, BLOCK_DV)
+        _delta(x, gx, pid, H, LARGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV)
     else:
-        _delta(y, gy, pid - programs_x, H, BLOCK_M, BLOCK_DV)
+        _delta(y, gy, pid - programs_x, H, LARGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV)
 
 
 @triton.jit
-def _delta(t, g, pid, H, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+def _delta(
+    t, g, pid, H, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
     bh = pid // tl.cdiv(t.M, BLOCK_M)
     m0 = pid % tl.cdiv(t.M, BLOCK_M) * BLOCK_M
     offs_m = m0 + tl.arange(0, BLOCK_M)
@@ -137,8 +148,21 @@ def _delta(t, g, pid, H, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
     o = load_tile(head(t.o, bh, H), t.o, offs_m, inside, False, t.DV, BLOCK_DV)
     do = load_tile(head(g.do, bh, H), g.do, offs_m, inside, False, t.DV, BLOCK_DV)
     dlse = load_row(g.dlse, bh, offs_m, t.M)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - dlse
-    store_row(g.delta, bh, offs_m, t.M, delta)
+    store_row(g.delta, bh, offs_m, t.M, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - dlse)
+    lse = finite_or(load_row(t.lse, bh, offs_m, t.M), 0.0)
+    fix = tl.zeros((BLOCK_M,), tl.float32)
+    if tl.max(tl.abs(lse), 0) > LARGE:
+        q = load_tile(head(t.q, bh, H), t.q, offs_m, inside, False, t.D, BLOCK_D)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        for n0 in range(0, t.N, BLOCK_N):
+            offs_n = n0 + tl.arange(0, BLOCK_N)
+            keep_n = kept(t.keep, bh // H, offs_n, t.N)
+            k = load_tile(head(t.k, bh, H), t.k, offs_n, keep_n, False, t.D, BLOCK_D)
+            s, _ = s_tile(q, k, t.score, t.bias, bh, H, offs_m, offs_n, t.M, t.N)
+            s = tl.where(keep_n[None, :], s, float("-inf"))
+            total += tl.sum(tl.exp(s - lse[:, None]), 1)
+        fix = tl.where((total > 0.0) & (total < 1e30), -tl.log2(total), 0.0)
+    store_row(g.fix, bh, offs_m, t.M, fix)
 
 
 @triton.jit
@@ -167,6 +191,7 @@ def _dq(
     do = load_tile(head(g.do, bh, H), g.do, offs_m, inside, EVEN, t.DV, BLOCK_DV)
     lse = load_row(t.lse, bh, offs_m, t.M)
     delta = load_row(g.delta, bh, offs_m, t.M)
+    fix = load_row(g.fix, bh, offs_m, t.M)
     k_ptr = head(t.k, bh, H)
     v_ptr = head(t.v, bh, H)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -182,7 +207,7 @@ def _dq(
         dp = dot_tile(do, tl.trans(v))
         if drop.ON:
             dp = dropped(dp, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
-        ds = p_from_lse(s, lse) * (dp - delta[:, None])
+        ds = p_from_lse(s, lse, fix) * (dp - delta[:, None])
         acc += dot_tile(ds, k)
     store_tile(head(g.dq, bh, H), g.dq, offs_m, t.M, acc * t.score.scale, t.D, BLOCK_D)
 
@@ -223,10 +248,11 @@ def _dkv(
         do = load_tile(do_ptr, g.do, offs_m, inside, EVEN, t.DV, BLOCK_DV)
         lse = load_row(t.lse, bh, offs_m, t.M)
         delta = load_row(g.delta, bh, offs_m, t.M)
+        fix = load_row(g.fix, bh, offs_m, t.M)
         s, _ = s_tile(q, k, t.score, t.bias, bh, H, offs_m, offs_n, t.M, t.N)
         if not full:
             s = tl.where(inside[:, None] & keep_n[None, :], s, float("-inf"))
-        p = p_from_lse(s, lse)
+        p = p_from_lse(s, lse, fix)
         dp = dot_tile(do, tl.trans(v))
         pf = p
         if drop.ON:
@@ -260,6 +286,7 @@ def attend_dbias_kernel(
                 do = load_tile(head(g.do, bh, H), g.do, offs_m, inside, False, t.DV, BLOCK_DV)
                 lse = load_row(t.lse, bh, offs_m, t.M)
                 delta = load_row(g.delta, bh, offs_m, t.M)
+                fix = load_row(g.fix, bh, offs_m, t.M)
                 for n0 in range(tile_n * BLOCK_N, db_end(sizes[3], tile_n, t.N, BLOCK_N), BLOCK_N):
                     offs_n = n0 + tl.arange(0, BLOCK_N)
                     keep_n = kept(t.keep, b, offs_n, t.N)
@@ -270,7 +297,7 @@ def attend_dbias_kernel(
                     dp = dot_tile(do, tl.trans(v))
                     if drop.ON:
                         dp = dropped(dp, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
-                    acc += p_from_lse(s, lse) * (dp - delta[:, None])
+                    acc += p_from_lse(s, lse, fix) * (dp - delta[:, None])
     db_store(db, sizes, slot_b, slot_h, tile_m, tile_n, acc, BLOCK_M, BLOCK_N)
 
 
@@ -339,14 +366,16 @@ def launch_fwd(op: str, x: Direction, y: Direction, drop: Drop, seed: int) -> No
         )
 
 
-def launch_delta(x, y, gx, gy) -> None:
-    """Both directions' delta; x and y need o, lse, M, DV only."""
+def launch_delta(op: str, x: Direction, y: Direction, gx: Grads, gy: Grads) -> None:
+    """delta and fix of both directions."""
     B, H, _ = x.lse.shape
-    width = padded(max(x.DV.value, y.DV.value))
-    programs_x, programs_y = (B * H * tiles(t.M, 32) for t in (x, y))
+    widths = blocks(x, y)
+    choice = config(op, "delta", x.q.ptr, widths)
+    large = 64.0 if x.q.ptr.dtype == torch.float32 else 1024.0
+    programs_x, programs_y = (B * H * tiles(t.M, choice["BLOCK_M"]) for t in (x, y))
     if programs_x + programs_y:
         delta_kernel[(programs_x + programs_y,)](
-            x, y, gx, gy, H, programs_x, BLOCK_M=32, BLOCK_DV=width
+            x, y, gx, gy, H, programs_x, LARGE=large, **choice, **widths
         )
 
 
@@ -387,3 +416,10 @@ def launch_dbias(op: str, t: Direction, g: Grads, db: Tensor, drop: Drop, seed: 
 
 def contiguous_grads(*likes: Tensor) -> list[Tensor]:
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in likes]
+
+
+def grads(do: Tensor, dlse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Grads:
+    """Gradients of a direction, with room for delta and fix."""
+    dlse = dlse.contiguous()
+    delta, fix = torch.empty_like(dlse), torch.empty_like(dlse)
+    return Grads(rows(do), dlse, delta, fix, rows(dq), rows(dk), rows(dv))

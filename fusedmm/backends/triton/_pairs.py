@@ -191,7 +191,7 @@ def unit_bwd_kernel(x, inv_ptr, dunit, dx, M, D, BLOCK_M: tl.constexpr, BLOCK_D:
 
 
 def unit(t: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows of unit length in the dtype of t, and 1 / norm in fp32; untouched without `normalize`."""
+    """Rows of unit length in the dtype of t, and 1 / norm in fp32; t itself if not `normalize`."""
     if not normalize:
         return t, None
     G, M, D = t.shape
@@ -294,7 +294,7 @@ class Backward:
     def run(self, logit_scale, positives, ids_x, ids_y, ignore, peak, sums: int, write):
         """dx, dy (None where not needed) and the rows' sums [sums, G, M]."""
         x, y, op = self.x, self.y, self.op
-        (G, M, D), N = x.shape, y.shape[1]
+        (G, M, _), N = x.shape, y.shape[1]
         totals = x.new_zeros((sums, G, M), dtype=torch.float32)
         dx = self._buffer(x, self.inv_x is not None) if self.need_x else None
         if G * M * N == 0:

@@ -1,11 +1,13 @@
-"""Tile primitives of the Triton kernels: masked loads, the score tile, softmax pieces, dropout bits.
+"""Tile primitives of the Triton kernels: masked loads, the score tile, softmax pieces, dropout.
 
 Every jit function works on one tile and knows no op. Accumulation is fp32; fp32 inputs are
-multiplied with input_precision="ieee". Tensors arrive as `Rows` (see _args.py), strides in elements.
+multiplied with input_precision="ieee". Tensors arrive as `Rows` (see _args.py).
 """
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -90,9 +92,10 @@ def finite_or(x, other):
 
 
 @triton.jit
-def p_from_lse(s, lse):
-    """exp(s - lse[:, None]), 0 where s is -inf also if lse is."""
-    return tl.exp(s - finite_or(lse, 0.0)[:, None])
+def p_from_lse(s, lse, fix):
+    """exp(s - lse[:, None]) * 2^fix, 0 where s is -inf also if lse is; `fix` makes up for the
+    rounding of a large lse (see delta_kernel)."""
+    return tl.exp2((s - finite_or(lse, 0.0)[:, None]) * LOG2E + fix[:, None])
 
 
 @triton.jit
@@ -124,50 +127,48 @@ def _keep(
 
 
 @triton.jit
-def merge_lse(a, b):
-    """log(exp(a) + exp(b)) with the -inf rule."""
-    top = finite_or(tl.maximum(a, b), 0.0)
-    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
+def p_both(s, la, lb, fix_a, fix_b, centre):
+    """p_row = exp(s - la) * 2^fix_a by rows and p_col = exp(s - lb) * 2^fix_b by columns, from one
+    exp where that is safe; la and lb are never -inf.
 
+        c = (la + centre) / 2;  h = (lb - centre) / 2;  e = exp(s - c - h)
+        p_row = e * exp(c - la) * exp(h);  p_col = e * exp(c - centre) * exp(-h)
 
-@triton.jit
-def p_both(s, la, lb, centre):
-    """p_row = exp(s - la[:, None]) and p_col = exp(s - lb[None, :]) from one exp where that is safe.
-
-        e = exp(s - (la + lb) / 2);  p_row = e * exp((lb - la) / 2);  p_col = e * exp((la - lb) / 2)
-
-    The factors split into row and column vectors around `centre`; they stay in range while la and
-    lb lie within 60 of it, otherwise the tile takes a second exp. la and lb are never -inf.
+    The factors are vectors and stay in range while la and lb lie within 60 of `centre`; otherwise
+    the tile takes a second exp.
     """
     far = tl.maximum(tl.max(tl.abs(la - centre), 0), tl.max(tl.abs(lb - centre), 0))
     if far <= 60.0:
-        a = 0.5 * (la - centre)
-        b = 0.5 * (lb - centre)
-        e = tl.exp((s - centre) - a[:, None] - b[None, :])
-        p_row = e * tl.exp(-a)[:, None] * tl.exp(b)[None, :]
-        p_col = e * tl.exp(a)[:, None] * tl.exp(-b)[None, :]
+        c = 0.5 * (la + centre)
+        h = (0.5 * LOG2E) * (lb - centre)
+        e = tl.exp2((s - c[:, None]) * LOG2E - h[None, :])
+        p_row = e * tl.exp2((c - la) * LOG2E + fix_a)[:, None] * tl.exp2(h)[None, :]
+        p_col = e * tl.exp2((c - centre) * LOG2E)[:, None] * tl.exp2(fix_b - h)[None, :]
     else:
-        p_row = tl.exp(s - la[:, None])
-        p_col = tl.exp(s - lb[None, :])
+        p_row = tl.exp2((s - la[:, None]) * LOG2E + fix_a[:, None])
+        p_col = tl.exp2((s - lb[None, :]) * LOG2E + fix_b[None, :])
     return p_row, p_col
 
 
 @triton.jit
-def e_both(s, s_row, s_col, in_m):
-    """One exp for both maxima of a tile: e, u, w, r, top, col_max with the separable reference
+def e_both(s, s_row, s_col, keep_m, MASKED: tl.constexpr):
+    """One exp for both maxima of a tile: e, u, w, r, top, col_max, near.
 
-        u[i] = max_j s_row;  w[j] = max_i (s - u);  e = exp(s - u - w) <= 1
+        u[i] = max_j s_row;  w[j] = max_i (s_col - u);  e = exp(s - u - w)
         exp(s - u)   = e * exp(w)              p of the row softmax, before its sum
-        exp(s - top) = e * r * exp(w), r = exp(u - top), top = max_i u
+        exp(s - top) = e * r * exp(w), r = exp(u - top), top = max of u over rows kept as keys
 
-    s_row and s_col are s with -inf at keys that are masked in that direction. `near` says that
-    the column form keeps its bits: w + top is within 60 of the column's own maximum.
+    s_row and s_col are s with -inf at keys that are masked in that direction. Rows that are no keys
+    (MASKED says that there may be some) leave no trace in w, so theirs is bounded from below to
+    keep e finite. `near` says that the column form keeps its bits: w + top is within 60 of the
+    column's own maximum.
     """
     u = finite_or(tl.max(s_row, 1), 0.0)
-    w = finite_or(tl.max(s - u[:, None], 0), 0.0)
+    w = tl.max(s_col - u[:, None], 0)
+    w = tl.maximum(w, -60.0) if MASKED else finite_or(w, 0.0)
     e = tl.exp(s - u[:, None] - w[None, :])
-    top = tl.max(tl.where(in_m, u, float("-inf")), 0)
-    r = tl.where(in_m, tl.exp(u - top), 0.0)
+    top = tl.max(tl.where(keep_m, u, float("-inf")), 0)
+    r = tl.where(keep_m, tl.exp(u - top), 0.0)
     col_max = tl.max(s_col, 0)
     near = tl.max(tl.where(col_max == float("-inf"), 0.0, w + top - col_max), 0) <= 60.0
     return e, u, w, r, top, col_max, near

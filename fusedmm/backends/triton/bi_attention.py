@@ -64,11 +64,11 @@ class Stream(NamedTuple):
 
 
 class StreamGrads(NamedTuple):
-    """Gradients of a Stream; delta = rowsum(do * o) - dlse."""
+    """Gradients of a Stream; delta and fix as in _attend.py."""
 
     do: Rows
-    dlse: Any
     delta: Any
+    fix: Any
     dqk: Rows
     dv: Rows
 
@@ -116,7 +116,7 @@ def resident_fwd_kernel(
             s = tl.where(in_m[:, None] & in_n[None, :], s, float("-inf"))
         s_row = tl.where(keep_n[None, :], s, float("-inf")) if b.keep.HAS else s
         s_col = tl.where(keep_m[:, None], s, float("-inf")) if a.keep.HAS else s
-        e, u, w, r, top, col_max, near = e_both(s, s_row, s_col, in_m)
+        e, u, w, r, top, col_max, near = e_both(s, s_row, s_col, keep_m, a.keep.HAS)
 
         p = e * tl.exp(w)[None, :]
         if b.keep.HAS:
@@ -156,7 +156,7 @@ def resident_fwd_kernel(
 def merge_kernel(
     b, part_acc, part_lse, H, chunks, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr
 ):  # fmt: skip
-    """o and lse of stream b from the chunks' shares, in order. Grid: tiles of BLOCK_N times B * H."""
+    """o and lse of stream b from the chunks' shares, in order. Grid: tiles of BLOCK_N, B * H."""
     pid = tl.program_id(0)
     bh = pid // tl.cdiv(b.M, BLOCK_N)
     offs_n = pid % tl.cdiv(b.M, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -193,13 +193,14 @@ def centre_of(a, bh):
 @triton.jit
 def load_stream(t, g, bh, H, offs, inside, keep, centre, EVEN: tl.constexpr, D: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """qk, v, do, lse (-inf replaced), delta of the rows `offs` of a stream."""
+    """qk, v, do, lse (-inf replaced), delta, fix of the rows `offs` of a stream."""
     full: tl.constexpr = EVEN and not t.keep.HAS
     qk = load_tile(head(t.qk, bh, H), t.qk, offs, inside, EVEN, D, BLOCK_D)
     v = load_tile(head(t.v, bh, H), t.v, offs, keep, full, t.DVK, BLOCK_DV)
     do = load_tile(head(g.do, bh, H), g.do, offs, inside, EVEN, t.DV, BLOCK_DV)
     lse = tl.where(inside, load_row(t.lse, bh, offs, t.M), centre)
-    return qk, v, do, finite_or(lse, centre), load_row(g.delta, bh, offs, t.M)
+    delta = load_row(g.delta, bh, offs, t.M)
+    return qk, v, do, finite_or(lse, centre), delta, load_row(g.fix, bh, offs, t.M)
 
 
 @triton.jit
@@ -209,14 +210,14 @@ def ds_tile(
 ):  # fmt: skip
     """ds before the clamp, where the clamp passes, and both dropped-out p, [BLOCK_M, BLOCK_N].
 
-        ds = p_row * (do_a @ v_b.T - delta_a) + p_col * (v_a @ do_b.T - delta_b)
+    ds = p_row * (do_a @ v_b.T - delta_a) + p_col * (v_a @ do_b.T - delta_b)
     """
-    qk_a, v_a, do_a, lse_a, delta_a = tile_a
-    qk_b, v_b, do_b, lse_b, delta_b = tile_b
+    qk_a, v_a, do_a, lse_a, delta_a, fix_a = tile_a
+    qk_b, v_b, do_b, lse_b, delta_b, fix_b = tile_b
     s, passes = s_tile(qk_a, qk_b, score, bias, bh, H, offs_m, offs_n, a.M, b.M)
     if not EVEN:
         s = tl.where(in_m[:, None] & in_n[None, :], s, float("-inf"))
-    p_row, p_col = p_both(s, lse_a, lse_b, centre)
+    p_row, p_col = p_both(s, lse_a, lse_b, fix_a, fix_b, centre)
     if b.keep.HAS:
         p_row = tl.where(keep_n[None, :], p_row, 0.0)
     if a.keep.HAS:
@@ -414,6 +415,17 @@ def _streams(qk_x, qk_y, v_x, v_y, mask_x, mask_y, o_x, o_y, lse_x, lse_y):
     return x, y
 
 
+def _directions(x: Stream, y: Stream, bias_x: Bias, bias_y: Bias, score):
+    """The streams as two directions of attention that know nothing of each other."""
+    dir_x = _attend.Direction(
+        x.qk, y.qk, y.v, y.keep, bias_x, score, x.o, x.lse, x.M, y.M, x.D, x.DV, x.INDEX, x.FLIP
+    )
+    dir_y = _attend.Direction(
+        y.qk, x.qk, x.v, x.keep, bias_y, score, y.o, y.lse, y.M, x.M, y.D, y.DV, y.INDEX, y.FLIP
+    )
+    return dir_x, dir_y
+
+
 def _resident(kernel: str, x: Stream, y: Stream, widths: dict[str, int]):
     """(tile with BLOCK_N for the short stream, whether y is short), or None if neither fits."""
     choice = _attend.config(OP, kernel, x.qk.ptr, widths)
@@ -444,12 +456,8 @@ def fwd(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p, see
     widths = _widths(x, y)
     fit = _resident("resident_fwd", x, y, widths) if B * H else None
     if fit is None:
-        _attend.launch_fwd(
-            OP,
-            _attend.direction(qk_x, qk_y, v_y, y.keep, bias_x, score, o_x, lse_x, 0),
-            _attend.direction(qk_y, qk_x, v_x, x.keep, bias_y, score, o_y, lse_y, 1, True),
-            drop, seed,
-        )  # fmt: skip
+        directions = _directions(x, y, bias_x, bias_y, score)
+        _attend.launch_fwd(OP, *directions, drop, seed)
         return o_x, o_y, lse_x, lse_y
     choice, y_short = fit
     a, b, bias_a = (x, y, bias_x) if y_short else (y, x, bias_y)
@@ -481,13 +489,12 @@ def bwd(
     bias_x, bias_y = (bias_of(bias, qk_x, (B, H, M, N), swap) for swap in (False, True))
     score, (drop, seed) = score_of(scale, clamp), drop_of(dropout_p, seed)
     dqk_x, dqk_y, dv_x, dv_y = _attend.contiguous_grads(qk_x, qk_y, v_x, v_y)
-    gx = StreamGrads(
-        rows(do_x), dlse_x.contiguous(), torch.empty_like(lse_x), rows(dqk_x), rows(dv_x)
-    )
-    gy = StreamGrads(
-        rows(do_y), dlse_y.contiguous(), torch.empty_like(lse_y), rows(dqk_y), rows(dv_y)
-    )
-    _attend.launch_delta(x, y, gx, gy)
+    dir_x, dir_y = _directions(x, y, bias_x, bias_y, score)
+    full_x = _attend.grads(do_x, dlse_x, dqk_x, dqk_y, dv_y)
+    full_y = _attend.grads(do_y, dlse_y, dqk_y, dqk_x, dv_x)
+    _attend.launch_delta(OP, dir_x, dir_y, full_x, full_y)
+    gx = StreamGrads(full_x.do, full_x.delta, full_x.fix, rows(dqk_x), rows(dv_x))
+    gy = StreamGrads(full_y.do, full_y.delta, full_y.fix, rows(dqk_y), rows(dv_y))
     widths = _widths(x, y)
     need_x, need_y = needs[0] or needs[2], needs[1] or needs[3]
     fit = _resident("resident_bwd", x, y, widths) if B * H else None

@@ -3,7 +3,7 @@
 import torch
 
 from . import _attend
-from ._args import bias_of, drop_of, keep_of, reject_attention, rows, score_of
+from ._args import bias_of, drop_of, keep_of, reject_attention, score_of
 
 OP = "co_attention"
 
@@ -56,15 +56,10 @@ def bwd(
         o_x, o_y, lse_x.contiguous(), lse_y.contiguous(), scale_x, scale_y,
     )  # fmt: skip
     dq_x, dk_x, dv_x, dq_y, dk_y, dv_y = _attend.contiguous_grads(q_x, k_x, v_x, q_y, k_y, v_y)
-    delta_x, delta_y = torch.empty_like(x.lse), torch.empty_like(y.lse)
-    gx = _attend.Grads(
-        rows(do_x), dlse_x.contiguous(), delta_x, rows(dq_x), rows(dk_y), rows(dv_y)
-    )
-    gy = _attend.Grads(
-        rows(do_y), dlse_y.contiguous(), delta_y, rows(dq_y), rows(dk_x), rows(dv_x)
-    )
+    gx = _attend.grads(do_x, dlse_x, dq_x, dk_y, dv_y)
+    gy = _attend.grads(do_y, dlse_y, dq_y, dk_x, dv_x)
     drop = drop_of(dropout_p, seed)
-    _attend.launch_delta(x, y, gx, gy)
+    _attend.launch_delta(OP, x, y, gx, gy)
     need_qx, need_kx, need_vx, need_qy, need_ky, need_vy, need_bx, need_by = needs
     dq, dkv = (need_qx, need_qy), (need_ky or need_vy, need_kx or need_vx)
     _attend.launch_bwd(OP, x, y, gx, gy, *drop, dq, dkv)

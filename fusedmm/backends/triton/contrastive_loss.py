@@ -71,7 +71,7 @@ def stats_kernel(
     pos, out = matches_tile(matches, g, offs_m, offs_n, M, N)
     has_pos = tl.max(tl.max(pos.to(tl.int32), 1), 0) > 0
     neg = tl.where(pos | out, float("-inf"), s)
-    e, u, w, r, top, col_max, near = e_both(neg, neg, neg, offs_m < M)
+    e, u, w, r, top, col_max, near = e_both(neg, neg, neg, offs_m < M, False)
     if WANT_X:
         lse = lse_of(tl.sum(e * tl.exp(w)[None, :], 1), u)
         store_stats(part_x, tile_n, g, G, offs_m, M, lse, s, pos, out, has_pos, 1)
@@ -116,7 +116,8 @@ def ds_kernel(
     lse_x = tl.load(coef_x + g.to(tl.int64) * M + offs_m, mask=offs_m < M, other=float("-inf"))
     lse_y = tl.load(coef_y + g.to(tl.int64) * N + offs_n, mask=offs_n < N, other=float("-inf"))
     s_in = tl.where(out, float("-inf"), s)
-    p_x, p_y = p_both(s_in, finite_or(lse_x, centre), finite_or(lse_y, centre), centre)
+    lse_x, lse_y = finite_or(lse_x, centre), finite_or(lse_y, centre)
+    p_x, p_y = p_both(s_in, lse_x, lse_y, tl.zeros_like(lse_x), tl.zeros_like(lse_y), centre)
     ds = ds_side(p_x, coef_x, G * M, g, offs_m, M, pos, out, 1)
     ds += ds_side(p_y, coef_y, G * N, g, offs_n, N, pos, out, 0)
     if STORE:
@@ -147,9 +148,7 @@ def fwd(x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, w
     choice = _pairs.config(OP, "stats", x)
     block_m, block_n = choice["BLOCK_M"], choice["BLOCK_N"]
     per_row = 24 * (tiles(N, block_n) + tiles(N, block_m))
-    cuts = _pairs.chunks(
-        x, y, logit_scale, positives, ids_x, ids_y, ignore, per_row, block_m
-    )
+    cuts = _pairs.chunks(x, y, logit_scale, positives, ids_x, ids_y, ignore, per_row, block_m)
     for c in cuts:
         g, m = c.g1 - c.g0, c.m1 - c.m0
         part_x = stats_x.new_empty((tiles(N, block_n), 6, g, m) if want_x else 0)
