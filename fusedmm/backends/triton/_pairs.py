@@ -333,8 +333,9 @@ class Backward:
 
 def peak_of(x: Tensor, weights: list[Tensor], logit_scale: Tensor) -> Tensor:
     """A number near max |W|, [1]: fp16 would flush W to zero without it; 1 for other types."""
-    if x.dtype != torch.float16:
+    weights = [w for w in weights if w.numel()]
+    if x.dtype != torch.float16 or not weights or not logit_scale.numel():
         return torch.ones(1, dtype=torch.float32, device=x.device)
-    most = torch.stack([w.nan_to_num(0.0, 0.0, 0.0).abs().amax() for w in weights if w.numel()])
+    most = torch.stack([w.nan_to_num(0.0, 0.0, 0.0).abs().amax() for w in weights])
     peak = most.sum() * logit_scale.nan_to_num(0.0, 0.0, 0.0).abs().amax()
     return torch.where(peak > 0.0, peak, 1.0).reshape(1)
