@@ -18,7 +18,9 @@ _forced: dict[tuple[str, str], dict[str, int]] = {}
 
 
 def gpu_name(index: int | None = None) -> str:
-    """The device's name as tables spell it."""
+    """The device's name as tables spell it; "default" without one (the Triton interpreter)."""
+    if not torch.cuda.is_available():
+        return "default"
     return torch.cuda.get_device_name(index).lower().replace(" ", "-")
 
 
@@ -53,5 +55,7 @@ def forced(op: str, kernel: str, tile: dict[str, int]) -> Iterator[None]:
 
 @functools.cache
 def processors(index: int | None) -> int:
-    """Streaming multiprocessors of the device."""
+    """Streaming multiprocessors of the device; 1 without one."""
+    if not torch.cuda.is_available():
+        return 1
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -44,11 +44,13 @@ class Keep(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How a product becomes a score: scale, then the clamp if CLAMPED."""
+    """How a product becomes a score: scale, then the clamp if CLAMPED. PLAIN says that it is the
+    product times a positive scale, which then moves into the exponent."""
 
     scale: Any
     clamp: Any
     CLAMPED: Any
+    PLAIN: Any
 
 
 class Drop(NamedTuple):
@@ -77,8 +79,9 @@ def keep_of(t: Tensor | None, like: Tensor) -> Keep:
     return Keep(t, *t.stride(), tl.constexpr(True))
 
 
-def score_of(scale: float, clamp: float | None = None) -> Score:
-    return Score(float(scale), float(clamp or 0.0), tl.constexpr(clamp is not None))
+def score_of(scale: float, clamp: float | None, bias: Tensor | None) -> Score:
+    plain = clamp is None and bias is None and scale > 0.0
+    return Score(scale, clamp or 0.0, tl.constexpr(clamp is not None), tl.constexpr(plain))
 
 
 def drop_of(p: float, seed: Tensor | None) -> tuple[Drop, int]:

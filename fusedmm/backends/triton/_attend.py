@@ -21,10 +21,13 @@ from ._tile import (
     kept,
     load_row,
     load_tile,
+    lse_of,
+    natural_of,
     p_from_lse,
     s_tile,
     store_row,
     store_tile,
+    unit_of,
 )
 
 
@@ -95,6 +98,7 @@ def _fwd(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    unit = unit_of(t.score)
     for n0 in range(0, t.N, BLOCK_N):
         offs_n = n0 + tl.arange(0, BLOCK_N)
         keep_n = kept(t.keep, bh // H, offs_n, t.N)
@@ -105,8 +109,8 @@ def _fwd(
             s = tl.where(keep_n[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = finite_or(new_top, 0.0)
-        p = tl.exp(s - safe[:, None])
-        alpha = tl.exp(top - safe)
+        p = tl.exp2(s * unit - (safe * unit)[:, None])
+        alpha = tl.exp2((top - safe) * unit)
         total = total * alpha + tl.sum(p, 1)
         if drop.ON:
             p = dropped(p, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
@@ -114,7 +118,7 @@ def _fwd(
         acc = acc * alpha[:, None] + dot_tile(p, v)
         top = new_top
     o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = tl.where(total == 0.0, float("-inf"), top + tl.log(total))
+    lse = lse_of(total, top, natural_of(t.score))
     store_tile(head(t.o, bh, H), t.o, offs_m, t.M, o, t.DV, BLOCK_DV)
     store_row(t.lse, bh, offs_m, t.M, lse)
 
@@ -160,7 +164,7 @@ def _delta(
             k = load_tile(head(t.k, bh, H), t.k, offs_n, keep_n, False, t.D, BLOCK_D)
             s, _ = s_tile(q, k, t.score, t.bias, bh, H, offs_m, offs_n, t.M, t.N)
             s = tl.where(keep_n[None, :], s, float("-inf"))
-            total += tl.sum(tl.exp(s - lse[:, None]), 1)
+            total += tl.sum(p_from_lse(s, unit_of(t.score), lse, fix), 1)
         fix = tl.where((total > 0.0) & (total < 1e30), -tl.log2(total), 0.0)
     store_row(g.fix, bh, offs_m, t.M, fix)
 
@@ -207,7 +211,7 @@ def _dq(
         dp = dot_tile(do, tl.trans(v))
         if drop.ON:
             dp = dropped(dp, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
-        ds = p_from_lse(s, lse, fix) * (dp - delta[:, None])
+        ds = p_from_lse(s, unit_of(t.score), lse, fix) * (dp - delta[:, None])
         acc += dot_tile(ds, k)
     store_tile(head(g.dq, bh, H), g.dq, offs_m, t.M, acc * t.score.scale, t.D, BLOCK_D)
 
@@ -252,7 +256,7 @@ def _dkv(
         s, _ = s_tile(q, k, t.score, t.bias, bh, H, offs_m, offs_n, t.M, t.N)
         if not full:
             s = tl.where(inside[:, None] & keep_n[None, :], s, float("-inf"))
-        p = p_from_lse(s, lse, fix)
+        p = p_from_lse(s, unit_of(t.score), lse, fix)
         dp = dot_tile(do, tl.trans(v))
         pf = p
         if drop.ON:
@@ -297,7 +301,7 @@ def attend_dbias_kernel(
                     dp = dot_tile(do, tl.trans(v))
                     if drop.ON:
                         dp = dropped(dp, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
-                    acc += p_from_lse(s, lse, fix) * (dp - delta[:, None])
+                    acc += p_from_lse(s, unit_of(t.score), lse, fix) * (dp - delta[:, None])
     db_store(db, sizes, slot_b, slot_h, tile_m, tile_n, acc, BLOCK_M, BLOCK_N)
 
 
@@ -371,7 +375,7 @@ def launch_delta(op: str, x: Direction, y: Direction, gx: Grads, gy: Grads) -> N
     B, H, _ = x.lse.shape
     widths = blocks(x, y)
     choice = config(op, "delta", x.q.ptr, widths)
-    large = 64.0 if x.q.ptr.dtype == torch.float32 else 1024.0
+    large = 16.0 if x.q.ptr.dtype == torch.float32 else 1024.0
     programs_x, programs_y = (B * H * tiles(t.M, choice["BLOCK_M"]) for t in (x, y))
     if programs_x + programs_y:
         delta_kernel[(programs_x + programs_y,)](

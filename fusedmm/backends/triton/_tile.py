@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -68,12 +69,15 @@ def dot_tile(a, b):
 
 @triton.jit
 def s_tile(a, b, score, bias, bh, H, offs_m, offs_n, M, N):
-    """Scores [BLOCK_M, BLOCK_N] = clamp(scale * a @ b.T) + bias, and where clamp passes gradient.
+    """Raw scores [BLOCK_M, BLOCK_N], and where the clamp passes gradient. Raw times `natural_of` is
+    s = clamp(scale * a @ b.T) + bias, raw times `unit_of` is s in base 2.
 
     Entries outside [M, N] are what the zero rows of a and b give: the caller masks them.
     """
-    s = dot_tile(a, tl.trans(b)) * score.scale
+    s = dot_tile(a, tl.trans(b))
     passes = s == s
+    if not score.PLAIN:
+        s = s * score.scale
     if score.CLAMPED:
         passes = (s >= -score.clamp) & (s <= score.clamp)
         s = tl.where(s > score.clamp, score.clamp, tl.where(s < -score.clamp, -score.clamp, s))
@@ -86,16 +90,34 @@ def s_tile(a, b, score, bias, bh, H, offs_m, offs_n, M, N):
 
 
 @triton.jit
+def unit_of(score):
+    """What turns raw scores into exponents of 2: one fused multiply-add per entry."""
+    return score.scale * LOG2E if score.PLAIN else LOG2E
+
+
+@triton.jit
+def natural_of(score):
+    """What turns raw scores into s."""
+    return score.scale if score.PLAIN else 1.0
+
+
+@triton.jit
 def finite_or(x, other):
     """x, with -inf replaced: the only guard of (-inf) - (-inf)."""
     return tl.where(x == float("-inf"), other, x)
 
 
 @triton.jit
-def p_from_lse(s, lse, fix):
-    """exp(s - lse[:, None]) * 2^fix, 0 where s is -inf also if lse is; `fix` makes up for the
-    rounding of a large lse (see delta_kernel)."""
-    return tl.exp2((s - finite_or(lse, 0.0)[:, None]) * LOG2E + fix[:, None])
+def lse_of(total, top, natural):
+    """log(total * exp(top * natural)), -inf for an empty sum."""
+    return tl.where(total == 0.0, float("-inf"), top * natural + LN2 * tl.log2(total))
+
+
+@triton.jit
+def p_from_lse(s, unit, lse, fix):
+    """exp(s - lse[:, None]) * 2^fix of raw scores, 0 where they and lse are -inf; `fix` makes
+    up for the rounding of a large lse (see delta_kernel)."""
+    return tl.exp2((s * unit - (finite_or(lse, 0.0) * LOG2E)[:, None]) + fix[:, None])
 
 
 @triton.jit
@@ -127,9 +149,9 @@ def _keep(
 
 
 @triton.jit
-def p_both(s, la, lb, fix_a, fix_b, centre):
-    """p_row = exp(s - la) * 2^fix_a by rows and p_col = exp(s - lb) * 2^fix_b by columns, from one
-    exp where that is safe; la and lb are never -inf.
+def p_both(s, unit, la, lb, fix_a, fix_b, centre):
+    """p_row = exp(s - la) * 2^fix_a by rows and p_col = exp(s - lb) * 2^fix_b by columns, from raw
+    scores and one exp where that is safe; la and lb are never -inf.
 
         c = (la + centre) / 2;  h = (lb - centre) / 2;  e = exp(s - c - h)
         p_row = e * exp(c - la) * exp(h);  p_col = e * exp(c - centre) * exp(-h)
@@ -138,49 +160,50 @@ def p_both(s, la, lb, fix_a, fix_b, centre):
     the tile takes a second exp.
     """
     far = tl.maximum(tl.max(tl.abs(la - centre), 0), tl.max(tl.abs(lb - centre), 0))
+    la *= LOG2E
+    lb *= LOG2E
     if far <= 60.0:
-        c = 0.5 * (la + centre)
-        h = (0.5 * LOG2E) * (lb - centre)
-        e = tl.exp2((s - c[:, None]) * LOG2E - h[None, :])
-        p_row = e * tl.exp2((c - la) * LOG2E + fix_a)[:, None] * tl.exp2(h)[None, :]
-        p_col = e * tl.exp2((c - centre) * LOG2E)[:, None] * tl.exp2(fix_b - h)[None, :]
+        middle = centre * LOG2E
+        c = 0.5 * (la + middle)
+        h = 0.5 * (lb - middle)
+        e = tl.exp2((s * unit - c[:, None]) - h[None, :])
+        p_row = e * tl.exp2(c - la + fix_a)[:, None] * tl.exp2(h)[None, :]
+        p_col = e * tl.exp2(c - middle)[:, None] * tl.exp2(fix_b - h)[None, :]
     else:
-        p_row = tl.exp2((s - la[:, None]) * LOG2E + fix_a[:, None])
-        p_col = tl.exp2((s - lb[None, :]) * LOG2E + fix_b[None, :])
+        p_row = tl.exp2((s * unit - la[:, None]) + fix_a[:, None])
+        p_col = tl.exp2((s * unit - lb[None, :]) + fix_b[None, :])
     return p_row, p_col
 
 
 @triton.jit
-def e_both(s, s_row, s_col, keep_m, MASKED: tl.constexpr):
-    """One exp for both maxima of a tile: e, u, w, r, top, col_max, near.
+def e_both(s, s_row, s_col, unit, keep_m, MASKED: tl.constexpr):
+    """One exp of raw scores for both maxima of a tile: e, u, r, top, col_max, near.
 
-        u[i] = max_j s_row;  w[j] = max_i (s_col - u);  e = exp(s - u - w)
-        exp(s - u)   = e * exp(w)              p of the row softmax, before its sum
-        exp(s - top) = e * r * exp(w), r = exp(u - top), top = max of u over rows kept as keys
+        u[i] = max_j s_row;  e = exp(s - u);  top = max of u over rows kept as keys
+        exp(s - top) = e * r, r = exp(u - top)
 
-    s_row and s_col are s with -inf at keys that are masked in that direction. Rows that are no keys
-    (MASKED says that there may be some) leave no trace in w, so theirs is bounded from below to
-    keep e finite. `near` says that the column form keeps its bits: w + top is within 60 of the
-    column's own maximum.
+    s_row and s_col are s with -inf at keys that are masked in that direction; MASKED says that
+    columns may be, so that s - u may exceed 0. `near` says that e * r keeps the bits of every
+    column: top is within 60 of the column's own maximum, and no e overflows.
     """
     u = finite_or(tl.max(s_row, 1), 0.0)
-    w = tl.max(s_col - u[:, None], 0)
-    w = tl.maximum(w, -60.0) if MASKED else finite_or(w, 0.0)
-    e = tl.exp(s - u[:, None] - w[None, :])
+    e = tl.exp2(s * unit - (u * unit)[:, None])
     top = tl.max(tl.where(keep_m, u, float("-inf")), 0)
-    r = tl.where(keep_m, tl.exp(u - top), 0.0)
+    r = tl.where(keep_m, tl.exp2((u - top) * unit), 0.0)
     col_max = tl.max(s_col, 0)
-    near = tl.max(tl.where(col_max == float("-inf"), 0.0, w + top - col_max), 0) <= 60.0
-    return e, u, w, r, top, col_max, near
+    gap = tl.max(tl.where(col_max == float("-inf"), 0.0, top - col_max), 0)
+    if MASKED:
+        gap = tl.maximum(gap, tl.max(tl.max(s_col - u[:, None], 1), 0))
+    return e, u, r, top, col_max, gap * unit <= 80.0
 
 
 @triton.jit
-def p_col_of(e, s_col, w, r, top, col_max, near, ref):
+def p_col_of(e, s_col, unit, r, top, col_max, near, ref):
     """exp(s_col - ref[None, :]) from e where near, by a second exp elsewhere; ref >= col_max."""
     safe = finite_or(ref, 0.0)
     if near:
-        factor = tl.where(col_max == float("-inf"), 0.0, tl.exp(w + top - safe))
+        factor = tl.where(col_max == float("-inf"), 0.0, tl.exp2((top - safe) * unit))
         p = e * r[:, None] * factor[None, :]
     else:
-        p = tl.exp(s_col - safe[None, :])
+        p = tl.exp2(s_col * unit - (safe * unit)[None, :])
     return p

@@ -37,11 +37,14 @@ from ._tile import (
     kept,
     load_row,
     load_tile,
+    lse_of,
+    natural_of,
     p_both,
     p_col_of,
     s_tile,
     store_row,
     store_tile,
+    unit_of,
 )
 
 OP = "bi_attention"
@@ -104,6 +107,7 @@ def resident_fwd_kernel(
     top_n = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total_n = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    unit = unit_of(score)
     start = pid % chunks * chunk
     for m0 in range(start, tl.minimum(start + chunk, a.M), BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
@@ -116,31 +120,29 @@ def resident_fwd_kernel(
             s = tl.where(in_m[:, None] & in_n[None, :], s, float("-inf"))
         s_row = tl.where(keep_n[None, :], s, float("-inf")) if b.keep.HAS else s
         s_col = tl.where(keep_m[:, None], s, float("-inf")) if a.keep.HAS else s
-        e, u, w, r, top, col_max, near = e_both(s, s_row, s_col, keep_m, a.keep.HAS)
+        e, u, r, top, col_max, near = e_both(s, s_row, s_col, unit, keep_m, b.keep.HAS)
 
-        p = e * tl.exp(w)[None, :]
-        if b.keep.HAS:
-            p = tl.where(keep_n[None, :], p, 0.0)
+        p = tl.where(keep_n[None, :], e, 0.0) if b.keep.HAS else e
         total = tl.sum(p, 1)
         if drop.ON:
             p = dropped(p, drop, seed, a.INDEX, a.FLIP, bh, m0, 0)
         o = dot_tile(p, v_b) / tl.where(total == 0.0, 1.0, total)[:, None]
         store_tile(o_ptr, a.o, offs_m, a.M, o, a.DV, BLOCK_DV)
-        lse = tl.where(total == 0.0, float("-inf"), u + tl.log(total))
+        lse = lse_of(total, u, natural_of(score))
         store_row(a.lse, bh, offs_m, a.M, lse)
 
         new_top = tl.maximum(top_n, col_max)
-        p = p_col_of(e, s_col, w, r, top, col_max, near, new_top)
+        p = p_col_of(e, s_col, unit, r, top, col_max, near, new_top)
         if a.keep.HAS:
             p = tl.where(keep_m[:, None], p, 0.0)
-        alpha = tl.exp(top_n - finite_or(new_top, 0.0))
+        alpha = tl.exp2((top_n - finite_or(new_top, 0.0)) * unit)
         total_n = total_n * alpha + tl.sum(p, 0)
         if drop.ON:
             p = dropped(p, drop, seed, b.INDEX, a.FLIP, bh, m0, 0)
         acc = acc * alpha[:, None] + dot_tile(tl.trans(p.to(v_a.dtype)), v_a)
         top_n = new_top
     acc = acc / tl.where(total_n == 0.0, 1.0, total_n)[:, None]
-    lse_n = tl.where(total_n == 0.0, float("-inf"), top_n + tl.log(total_n))
+    lse_n = lse_of(total_n, top_n, natural_of(score))
     if SPLIT:
         offs_d = tl.arange(0, BLOCK_DV)
         ptrs = part_acc + pid.to(tl.int64) * b.M * b.DV
@@ -179,7 +181,7 @@ def merge_kernel(
         top = new_top
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     store_tile(head(b.o, bh, H), b.o, offs_n, b.M, acc, b.DV, BLOCK_DV)
-    lse = tl.where(total == 0.0, float("-inf"), top + tl.log(total))
+    lse = lse_of(total, top, 1.0)
     store_row(b.lse, bh, offs_n, b.M, lse)
 
 
@@ -217,7 +219,7 @@ def ds_tile(
     s, passes = s_tile(qk_a, qk_b, score, bias, bh, H, offs_m, offs_n, a.M, b.M)
     if not EVEN:
         s = tl.where(in_m[:, None] & in_n[None, :], s, float("-inf"))
-    p_row, p_col = p_both(s, lse_a, lse_b, fix_a, fix_b, centre)
+    p_row, p_col = p_both(s, unit_of(score), lse_a, lse_b, fix_a, fix_b, centre)
     if b.keep.HAS:
         p_row = tl.where(keep_n[None, :], p_row, 0.0)
     if a.keep.HAS:
@@ -452,7 +454,7 @@ def fwd(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p, see
     lse_x, lse_y = (t.new_empty(t.shape[:3], dtype=torch.float32) for t in (qk_x, qk_y))
     x, y = _streams(qk_x, qk_y, v_x, v_y, mask_x, mask_y, o_x, o_y, lse_x, lse_y)
     bias_x, bias_y = (bias_of(bias, qk_x, (B, H, M, N), swap) for swap in (False, True))
-    score, (drop, seed) = score_of(scale, clamp), drop_of(dropout_p, seed)
+    score, (drop, seed) = score_of(scale, clamp, bias), drop_of(dropout_p, seed)
     widths = _widths(x, y)
     fit = _resident("resident_fwd", x, y, widths) if B * H else None
     if fit is None:
@@ -487,7 +489,7 @@ def bwd(
     lse_x, lse_y = lse_x.contiguous(), lse_y.contiguous()
     x, y = _streams(qk_x, qk_y, v_x, v_y, mask_x, mask_y, o_x, o_y, lse_x, lse_y)
     bias_x, bias_y = (bias_of(bias, qk_x, (B, H, M, N), swap) for swap in (False, True))
-    score, (drop, seed) = score_of(scale, clamp), drop_of(dropout_p, seed)
+    score, (drop, seed) = score_of(scale, clamp, bias), drop_of(dropout_p, seed)
     dqk_x, dqk_y, dv_x, dv_y = _attend.contiguous_grads(qk_x, qk_y, v_x, v_y)
     dir_x, dir_y = _directions(x, y, bias_x, bias_y, score)
     full_x = _attend.grads(do_x, dlse_x, dqk_x, dqk_y, dv_y)

@@ -21,11 +21,11 @@ def _directions(
     N = q_y.shape[2]
     x = _attend.direction(
         q_x, k_y, v_y, keep_of(mask_y, q_x), bias_of(bias_xy, q_x, (B, H, M, N)),
-        score_of(scale_x), o_x, lse_x, 0,
+        score_of(scale_x, None, bias_xy), o_x, lse_x, 0,
     )  # fmt: skip
     y = _attend.direction(
         q_y, k_x, v_x, keep_of(mask_x, q_y), bias_of(bias_yx, q_y, (B, H, N, M)),
-        score_of(scale_y), o_y, lse_y, 1,
+        score_of(scale_y, None, bias_yx), o_y, lse_y, 1,
     )  # fmt: skip
     return x, y
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from . import _pairs
 from ._args import reject_dtype, tiles
 from ._pairs import dots_tile, load_vector, matches_tile, place
-from ._tile import e_both, finite_or, p_both, p_col_of
+from ._tile import LOG2E, e_both, finite_or, lse_of, p_both, p_col_of
 
 OP = "contrastive_loss"
 NEG_INF = float("-inf")
@@ -30,12 +30,6 @@ def store_stat(part, tile, STAT: tl.constexpr, g, G, offs, L, value):
 
 
 @triton.jit
-def lse_of(total, ref):
-    """log(total) + ref, -inf for an empty sum."""
-    return tl.where(total == 0.0, float("-inf"), finite_or(ref, 0.0) + tl.log(total))
-
-
-@triton.jit
 def store_stats(part, tile, g, G, offs, L, neg, s, pos, out, has_pos, AXIS: tl.constexpr):
     """The six statistics along AXIS of one tile; positives are looked at where there are any."""
     lse = tl.full(neg.shape, float("-inf"), tl.float32)
@@ -45,7 +39,7 @@ def store_stats(part, tile, g, G, offs, L, neg, s, pos, out, has_pos, AXIS: tl.c
         s_pos = tl.where(pos, s, float("-inf"))
         top = tl.max(s_pos, AXIS)
         p = tl.exp(s_pos - tl.expand_dims(finite_or(top, 0.0), AXIS))
-        lse = lse_of(tl.sum(p, AXIS), top)
+        lse = lse_of(tl.sum(p, AXIS), finite_or(top, 0.0), 1.0)
         sum_pos = tl.sum(tl.where(pos, s, 0.0), AXIS)
         n_pos = tl.sum(pos.to(tl.float32), AXIS)
     store_stat(part, tile, 0, g, G, offs, L, neg)
@@ -71,12 +65,13 @@ def stats_kernel(
     pos, out = matches_tile(matches, g, offs_m, offs_n, M, N)
     has_pos = tl.max(tl.max(pos.to(tl.int32), 1), 0) > 0
     neg = tl.where(pos | out, float("-inf"), s)
-    e, u, w, r, top, col_max, near = e_both(neg, neg, neg, offs_m < M, False)
+    e, u, r, top, col_max, near = e_both(neg, neg, neg, LOG2E, offs_m < M, False)
     if WANT_X:
-        lse = lse_of(tl.sum(e * tl.exp(w)[None, :], 1), u)
+        lse = lse_of(tl.sum(e, 1), u, 1.0)
         store_stats(part_x, tile_n, g, G, offs_m, M, lse, s, pos, out, has_pos, 1)
     if WANT_Y:
-        lse = lse_of(tl.sum(p_col_of(e, neg, w, r, top, col_max, near, col_max), 0), col_max)
+        p = p_col_of(e, neg, LOG2E, r, top, col_max, near, col_max)
+        lse = lse_of(tl.sum(p, 0), finite_or(col_max, 0.0), 1.0)
         store_stats(part_y, tile_m, g, G, offs_n, N, lse, s, pos, out, has_pos, 0)
 
 
@@ -117,7 +112,7 @@ def ds_kernel(
     lse_y = tl.load(coef_y + g.to(tl.int64) * N + offs_n, mask=offs_n < N, other=float("-inf"))
     s_in = tl.where(out, float("-inf"), s)
     lse_x, lse_y = finite_or(lse_x, centre), finite_or(lse_y, centre)
-    p_x, p_y = p_both(s_in, lse_x, lse_y, tl.zeros_like(lse_x), tl.zeros_like(lse_y), centre)
+    p_x, p_y = p_both(s_in, LOG2E, lse_x, lse_y, tl.zeros_like(lse_x), tl.zeros_like(lse_y), centre)
     ds = ds_side(p_x, coef_x, G * M, g, offs_m, M, pos, out, 1)
     ds += ds_side(p_y, coef_y, G * N, g, offs_n, N, pos, out, 0)
     if STORE:
