@@ -14,6 +14,8 @@ from torch import Tensor
 from ...tuning import lookup
 from ._args import Bias, Drop, Keep, Rows, Score, padded, rows, tiles
 from ._tile import (
+    LN2,
+    LOG2E,
     dot_tile,
     dropped,
     finite_or,
@@ -25,6 +27,7 @@ from ._tile import (
     natural_of,
     p_from_lse,
     s_tile,
+    split_lse,
     store_row,
     store_tile,
     unit_of,
@@ -57,6 +60,8 @@ class Grads(NamedTuple):
     dlse: Any
     delta: Any
     fix: Any
+    up: Any
+    down: Any
     dq: Rows
     dk: Rows
     dv: Rows
@@ -125,25 +130,33 @@ def _fwd(
 
 @triton.jit
 def delta_kernel(
-    x, y, gx, gy, H, programs_x, LARGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    x, y, gx, gy, H, programs_x, SHARED: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(do * o) - dlse and fix = -log2(sum exp(s - lse)) of both directions.
 
     An fp32 lse near 1e4 is off by 5e-4, and so would p be: where |lse| > LARGE the scores are
-    walked once more to find by how much, elsewhere fix = 0. Grid: tiles of BLOCK_M rows, B * H.
+    walked once more to find by how much, elsewhere fix = 0. SHARED also stores the factors of
+    split_lse, up and down. Grid: tiles of BLOCK_M rows, B * H.
     """
     pid = tl.program_id(0)
     if pid < programs_x:
-        _delta(x, gx, pid, H, LARGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV)
+        _delta(x, gx, x, pid, H, SHARED, LARGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV)
     else:
-        _delta(y, gy, pid - programs_x, H, LARGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV)
+        _delta(y, gy, x, pid - programs_x, H, SHARED, LARGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV)
+
+
+@triton.jit
+def centre_of(x, bh):
+    """A finite number near the head's lse, in base 2: that of the first token of x."""
+    first = tl.load(x.lse + bh.to(tl.int64) * x.M, mask=x.M > 0, other=0.0) * LOG2E
+    return tl.where(tl.abs(first) < 1e30, first, 0.0)
 
 
 @triton.jit
 def _delta(
-    t, g, pid, H, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    t, g, x, pid, H, SHARED: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     bh = pid // tl.cdiv(t.M, BLOCK_M)
     m0 = pid % tl.cdiv(t.M, BLOCK_M) * BLOCK_M
@@ -167,6 +180,18 @@ def _delta(
             total += tl.sum(p_from_lse(s, unit_of(t.score), lse, fix), 1)
         fix = tl.where((total > 0.0) & (total < 1e30), -tl.log2(total), 0.0)
     store_row(g.fix, bh, offs_m, t.M, fix)
+    if SHARED:
+        centre = centre_of(x, bh)
+        _, _, _, _, up, down = split_lse(split_safe(t, bh, offs_m, centre), fix, centre)
+        store_row(g.up, bh, offs_m, t.M, up)
+        store_row(g.down, bh, offs_m, t.M, down)
+
+
+@triton.jit
+def split_safe(t, bh, offs, centre):
+    """lse of the rows `offs`, where -inf and outside such that it meets the centre."""
+    lse = tl.where(offs < t.M, load_row(t.lse, bh, offs, t.M), float("-inf"))
+    return finite_or(lse, centre * LN2)
 
 
 @triton.jit
@@ -370,8 +395,10 @@ def launch_fwd(op: str, x: Direction, y: Direction, drop: Drop, seed: int) -> No
         )
 
 
-def launch_delta(op: str, x: Direction, y: Direction, gx: Grads, gy: Grads) -> None:
-    """delta and fix of both directions."""
+def launch_delta(
+    op: str, x: Direction, y: Direction, gx: Grads, gy: Grads, shared: bool = False
+) -> None:
+    """delta and fix of both directions; up and down if they share their exponentials."""
     B, H, _ = x.lse.shape
     widths = blocks(x, y)
     choice = config(op, "delta", x.q.ptr, widths)
@@ -379,7 +406,7 @@ def launch_delta(op: str, x: Direction, y: Direction, gx: Grads, gy: Grads) -> N
     programs_x, programs_y = (B * H * tiles(t.M, choice["BLOCK_M"]) for t in (x, y))
     if programs_x + programs_y:
         delta_kernel[(programs_x + programs_y,)](
-            x, y, gx, gy, H, programs_x, LARGE=large, **choice, **widths
+            x, y, gx, gy, H, programs_x, SHARED=shared, LARGE=large, **choice, **widths
         )
 
 
@@ -423,7 +450,7 @@ def contiguous_grads(*likes: Tensor) -> list[Tensor]:
 
 
 def grads(do: Tensor, dlse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Grads:
-    """Gradients of a direction, with room for delta and fix."""
+    """Gradients of a direction, with room for what delta_kernel writes."""
     dlse = dlse.contiguous()
-    delta, fix = torch.empty_like(dlse), torch.empty_like(dlse)
-    return Grads(rows(do), dlse, delta, fix, rows(dq), rows(dk), rows(dv))
+    scratch = (torch.empty_like(dlse) for _ in range(4))
+    return Grads(rows(do), dlse, *scratch, rows(dq), rows(dk), rows(dv))

@@ -149,29 +149,36 @@ def _keep(
 
 
 @triton.jit
-def p_both(s, unit, la, lb, fix_a, fix_b, centre):
-    """p_row = exp(s - la) * 2^fix_a by rows and p_col = exp(s - lb) * 2^fix_b by columns, from raw
-    scores and one exp where that is safe; la and lb are never -inf.
+def split_lse(lse, fix, centre):
+    """lse in base 2 and its half way c to the centre, with the factors of p_both:
+    (lse, fix, c, c - centre, exp(c - centre), exp(c - lse) * 2^fix)."""
+    lse *= LOG2E
+    c = 0.5 * (lse + centre)
+    return lse, fix, c, c - centre, tl.exp2(c - centre), tl.exp2(c - lse + fix)
 
-        c = (la + centre) / 2;  h = (lb - centre) / 2;  e = exp(s - c - h)
-        p_row = e * exp(c - la) * exp(h);  p_col = e * exp(c - centre) * exp(-h)
 
-    The factors are vectors and stay in range while la and lb lie within 60 of `centre`; otherwise
-    the tile takes a second exp.
+@triton.jit
+def p_both(s, unit, a, b):
+    """p_row = exp(s - lse_a) by rows and p_col = exp(s - lse_b) by columns from one exp of raw
+    scores, where that is safe; a and b are split_lse of rows and columns, never -inf.
+
+        e = exp(s - c_a - (c_b - centre))
+        p_row = e * exp(c_a - lse_a) * exp(c_b - centre)
+        p_col = e * exp(c_a - centre) * exp(c_b - lse_b)
+
+    The factors stay in range while every lse lies within 60 of the centre; else the tile takes a
+    second exp.
     """
-    far = tl.maximum(tl.max(tl.abs(la - centre), 0), tl.max(tl.abs(lb - centre), 0))
-    la *= LOG2E
-    lb *= LOG2E
-    if far <= 60.0:
-        middle = centre * LOG2E
-        c = 0.5 * (la + middle)
-        h = 0.5 * (lb - middle)
-        e = tl.exp2((s * unit - c[:, None]) - h[None, :])
-        p_row = e * tl.exp2(c - la + fix_a)[:, None] * tl.exp2(h)[None, :]
-        p_col = e * tl.exp2(c - middle)[:, None] * tl.exp2(fix_b - h)[None, :]
+    lse_a, fix_a, c_a, half_a, up_a, down_a = a
+    lse_b, fix_b, c_b, half_b, up_b, down_b = b
+    far = tl.maximum(tl.max(tl.abs(half_a), 0), tl.max(tl.abs(half_b), 0))
+    if far <= 43.0:
+        e = tl.exp2((s * unit - c_a[:, None]) - half_b[None, :])
+        p_row = e * down_a[:, None] * up_b[None, :]
+        p_col = e * up_a[:, None] * down_b[None, :]
     else:
-        p_row = tl.exp2((s * unit - la[:, None]) + fix_a[:, None])
-        p_col = tl.exp2((s * unit - lb[None, :]) + fix_b[None, :])
+        p_row = tl.exp2((s * unit - lse_a[:, None]) + fix_a[:, None])
+        p_col = tl.exp2((s * unit - lse_b[None, :]) + fix_b[None, :])
     return p_row, p_col
 
 

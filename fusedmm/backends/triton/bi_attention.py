@@ -27,8 +27,9 @@ from ._args import (
     score_of,
     tiles,
 )
-from ._attend import db_end, db_slot, db_store
+from ._attend import centre_of, db_end, db_slot, db_store, split_safe
 from ._tile import (
+    LOG2E,
     dot_tile,
     dropped,
     e_both,
@@ -72,6 +73,8 @@ class StreamGrads(NamedTuple):
     do: Rows
     delta: Any
     fix: Any
+    up: Any
+    down: Any
     dqk: Rows
     dv: Rows
 
@@ -186,40 +189,35 @@ def merge_kernel(
 
 
 @triton.jit
-def centre_of(a, bh):
-    """A finite number near the head's lse, the same for every tile: stream a's first."""
-    first = tl.load(a.lse + bh.to(tl.int64) * a.M)
-    return tl.where(tl.abs(first) < 1e30, first, 0.0)
-
-
-@triton.jit
 def load_stream(t, g, bh, H, offs, inside, keep, centre, EVEN: tl.constexpr, D: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """qk, v, do, lse (-inf replaced), delta, fix of the rows `offs` of a stream."""
+    """qk, v, do, delta and split_lse of the rows `offs` of a stream."""
     full: tl.constexpr = EVEN and not t.keep.HAS
     qk = load_tile(head(t.qk, bh, H), t.qk, offs, inside, EVEN, D, BLOCK_D)
     v = load_tile(head(t.v, bh, H), t.v, offs, keep, full, t.DVK, BLOCK_DV)
     do = load_tile(head(g.do, bh, H), g.do, offs, inside, EVEN, t.DV, BLOCK_DV)
-    lse = tl.where(inside, load_row(t.lse, bh, offs, t.M), centre)
-    delta = load_row(g.delta, bh, offs, t.M)
-    return qk, v, do, finite_or(lse, centre), delta, load_row(g.fix, bh, offs, t.M)
+    lse = split_safe(t, bh, offs, centre) * LOG2E
+    c = 0.5 * (lse + centre)
+    up, down = load_row(g.up, bh, offs, t.M), load_row(g.down, bh, offs, t.M)
+    split = lse, load_row(g.fix, bh, offs, t.M), c, c - centre, up, down
+    return qk, v, do, load_row(g.delta, bh, offs, t.M), split
 
 
 @triton.jit
 def ds_tile(
     a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, n0, in_m, keep_m, in_n, keep_n,
-    centre, score, seed, drop, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    score, seed, drop, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """ds before the clamp, where the clamp passes, and both dropped-out p, [BLOCK_M, BLOCK_N].
 
     ds = p_row * (do_a @ v_b.T - delta_a) + p_col * (v_a @ do_b.T - delta_b)
     """
-    qk_a, v_a, do_a, lse_a, delta_a, fix_a = tile_a
-    qk_b, v_b, do_b, lse_b, delta_b, fix_b = tile_b
+    qk_a, v_a, do_a, delta_a, split_a = tile_a
+    qk_b, v_b, do_b, delta_b, split_b = tile_b
     s, passes = s_tile(qk_a, qk_b, score, bias, bh, H, offs_m, offs_n, a.M, b.M)
     if not EVEN:
         s = tl.where(in_m[:, None] & in_n[None, :], s, float("-inf"))
-    p_row, p_col = p_both(s, unit_of(score), lse_a, lse_b, fix_a, fix_b, centre)
+    p_row, p_col = p_both(s, unit_of(score), split_a, split_b)
     if b.keep.HAS:
         p_row = tl.where(keep_n[None, :], p_row, 0.0)
     if a.keep.HAS:
@@ -268,7 +266,7 @@ def _owner_bwd(
     offs_m = m0 + tl.arange(0, BLOCK_M)
     in_m = offs_m < a.M
     keep_m = kept(a.keep, bh // H, offs_m, a.M)
-    centre = centre_of(a, bh)
+    centre = centre_of(b, bh) if a.FLIP else centre_of(a, bh)
     tile_a = load_stream(a, ga, bh, H, offs_m, in_m, keep_m, centre, EVEN, a.D, BLOCK_D, BLOCK_DV)
     dqk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
@@ -281,7 +279,7 @@ def _owner_bwd(
         )
         ds, passes, _, pf_col = ds_tile(
             a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, n0, in_m, keep_m, in_n, keep_n,
-            centre, score, seed, drop, EVEN, BLOCK_M, BLOCK_N,
+            score, seed, drop, EVEN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if score.CLAMPED:
             ds = tl.where(passes, ds, 0.0)
@@ -307,7 +305,7 @@ def resident_bwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     in_n = offs_n < b.M
     keep_n = kept(b.keep, bh // H, offs_n, b.M)
-    centre = centre_of(b, bh)
+    centre = centre_of(b, bh) if a.FLIP else centre_of(a, bh)
     tile_b = load_stream(b, gb, bh, H, offs_n, in_n, keep_n, centre, EVEN, a.D, BLOCK_D, BLOCK_DV)
     dqk_b = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_b = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -321,7 +319,7 @@ def resident_bwd_kernel(
         )
         ds, passes, pf_row, pf_col = ds_tile(
             a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, 0, in_m, keep_m, in_n, keep_n,
-            centre, score, seed, drop, EVEN, BLOCK_M, BLOCK_N,
+            score, seed, drop, EVEN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if score.CLAMPED:
             ds = tl.where(passes, ds, 0.0)
@@ -397,7 +395,7 @@ def dbias_kernel(
                     )
                     ds, _, _, _ = ds_tile(
                         a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, n0, in_m, keep_m,
-                        in_n, keep_n, centre, score, seed, drop, False, BLOCK_M, BLOCK_N,
+                        in_n, keep_n, score, seed, drop, False, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                     acc += ds
     db_store(db, sizes, slot_b, slot_h, tile_m, tile_n, acc, BLOCK_M, BLOCK_N)
@@ -494,9 +492,13 @@ def bwd(
     dir_x, dir_y = _directions(x, y, bias_x, bias_y, score)
     full_x = _attend.grads(do_x, dlse_x, dqk_x, dqk_y, dv_y)
     full_y = _attend.grads(do_y, dlse_y, dqk_y, dqk_x, dv_x)
-    _attend.launch_delta(OP, dir_x, dir_y, full_x, full_y)
-    gx = StreamGrads(full_x.do, full_x.delta, full_x.fix, rows(dqk_x), rows(dv_x))
-    gy = StreamGrads(full_y.do, full_y.delta, full_y.fix, rows(dqk_y), rows(dv_y))
+    _attend.launch_delta(OP, dir_x, dir_y, full_x, full_y, shared=True)
+    gx = StreamGrads(
+        full_x.do, full_x.delta, full_x.fix, full_x.up, full_x.down, rows(dqk_x), rows(dv_x)
+    )
+    gy = StreamGrads(
+        full_y.do, full_y.delta, full_y.fix, full_y.up, full_y.down, rows(dqk_y), rows(dv_y)
+    )
     widths = _widths(x, y)
     need_x, need_y = needs[0] or needs[2], needs[1] or needs[3]
     fit = _resident("resident_bwd", x, y, widths) if B * H else None

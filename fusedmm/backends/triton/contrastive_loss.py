@@ -11,7 +11,7 @@ import triton.language as tl
 from . import _pairs
 from ._args import reject_dtype, tiles
 from ._pairs import dots_tile, load_vector, matches_tile, place
-from ._tile import LOG2E, e_both, finite_or, lse_of, p_both, p_col_of
+from ._tile import LOG2E, e_both, finite_or, lse_of, p_both, p_col_of, split_lse
 
 OP = "contrastive_loss"
 NEG_INF = float("-inf")
@@ -112,7 +112,9 @@ def ds_kernel(
     lse_y = tl.load(coef_y + g.to(tl.int64) * N + offs_n, mask=offs_n < N, other=float("-inf"))
     s_in = tl.where(out, float("-inf"), s)
     lse_x, lse_y = finite_or(lse_x, centre), finite_or(lse_y, centre)
-    p_x, p_y = p_both(s_in, LOG2E, lse_x, lse_y, tl.zeros_like(lse_x), tl.zeros_like(lse_y), centre)
+    centre *= LOG2E
+    split_x = split_lse(lse_x, tl.zeros_like(lse_x), centre)
+    p_x, p_y = p_both(s_in, LOG2E, split_x, split_lse(lse_y, tl.zeros_like(lse_y), centre))
     ds = ds_side(p_x, coef_x, G * M, g, offs_m, M, pos, out, 1)
     ds += ds_side(p_y, coef_y, G * N, g, offs_n, N, pos, out, 0)
     if STORE:
