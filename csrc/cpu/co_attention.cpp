@@ -1,0 +1,453 @@
+// co_attention: two independent directions, each a row softmax over its own score matrix; the tasks
+// of both are dealt in one go. Products per direction: 2 forward, 5 backward.
+#include "../co_attention.h"
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "schedule.h"
+#include "softmax.h"
+
+namespace fmm::cpu::FMM_ISA {
+namespace {
+
+struct TileShape {
+  int64_t b, h, bh, m0, n0;
+  int rows, cols, nv;
+};
+
+// One direction's sizes and the scores of one tile.
+class Side {
+ protected:
+  Side(const CoAttention& a, int direction)
+      : a_(a),
+        s_(a.side[direction]),
+        direction_(direction),
+        planes_(a.B * a.H),
+        tiles_(ceil_div(s_.N, kBlock)),
+        width_(round_up(s_.D, kLanes)),
+        width_v_(round_up(s_.Dv, kLanes)),
+        rule_(score_rule(s_.scale, kInf, s_.bias, false)) {}
+
+  struct Common {
+    TileMask mask;
+    float *s, *bias, *drop;
+  };
+
+  void make_common(Common& w, Arena& arena) const {
+    w.s = arena.take<float>(kBlock * kBlock);
+    w.bias = s_.bias.data ? arena.take<float>(kBlock * kBlock) : nullptr;
+    w.drop = a_.dropout.on ? arena.take<float>(kBlock * kBlock) : nullptr;
+  }
+
+  void prepare_tile(Common& w, const TileShape& t) const {
+    fill_mask(w.mask, s_.mask, {}, t.b, t.m0, t.n0, t.cols);
+    if (w.bias) load_bias(w.bias, rule_, t.b, t.h, t.m0, t.n0, t.rows, t.cols);
+    if (w.drop) {
+      dropout_tile(w.drop, a_.dropout, t.bh, direction_, false, t.m0, t.n0, t.rows, t.cols);
+    }
+    apply_rule(w.s, rule_, w.bias, t.rows, t.nv);
+  }
+
+  const CoAttention& a_;
+  const AttentionSide& s_;
+  int direction_;
+  int64_t planes_, tiles_, width_, width_v_;
+  ScoreRule rule_;
+};
+
+template <class U>
+class Forward : Side {
+ public:
+  Forward(const CoAttention& a, int direction) : Side(a, direction) {
+    deal_ = chunk_rows(planes_, s_.M, 0);
+    kt_ = bt_units<U>(kBlock, s_.D);
+    v_ = b_units<U>(kBlock, s_.Dv);
+    stay_ = tiles_ * (kt_ + v_) * 4 <= kKeepBytes;
+    super_ = super_rows(stay_, 4 * (units<U>(s_.D) + width_v_));
+  }
+
+  int64_t tasks() const { return planes_ * deal_.chunks; }
+
+  // Tasks [begin, end) on this thread.
+  void run(int64_t begin, int64_t end) const {
+    if (begin >= end) return;
+    Work w;
+    make_work(w, Arena::local());
+    for (int64_t t = begin; t < end; ++t) {
+      task(w, t / deal_.chunks, t % deal_.chunks, t == begin || t % deal_.chunks == 0);
+    }
+  }
+
+ private:
+  struct Work : Common {
+    U *q, *kt, *v, *scratch;
+    float *o, *reference, *sum;
+    PTile<U> p;
+    float top[kBlock];
+  };
+
+  void make_work(Work& w, Arena& arena) const {
+    make_common(w, arena);
+    const int64_t slots = stay_ ? tiles_ : 1;
+    w.q = arena.take<U>(a_units<U>(super_, s_.D));
+    w.kt = arena.take<U>(slots * kt_);
+    w.v = arena.take<U>(slots * v_);
+    w.scratch = arena.take<U>(scratch_units<U>(std::max(s_.D, s_.Dv)));
+    w.o = arena.take<float>(super_ * width_v_);
+    w.reference = arena.take<float>(super_);
+    w.sum = arena.take<float>(super_);
+    w.p = PTile<U>::make(arena, true, false);
+  }
+
+  // `fresh`: this thread has not packed the plane's columns yet.
+  void task(Work& w, int64_t bh, int64_t chunk, bool fresh) const {
+    const int64_t begin = chunk * deal_.chunk_rows;
+    const int64_t end = std::min(s_.M, begin + deal_.chunk_rows);
+    TileShape t{};
+    t.b = bh / a_.H, t.h = bh % a_.H, t.bh = bh;
+    for (int64_t m0 = begin; m0 < end; m0 += super_) {
+      const int64_t rows = std::min(super_, end - m0);
+      pack_a(w.q, rows_of(s_.q, t.b, t.h, m0), rows, s_.D);
+      std::fill(w.reference, w.reference + rows, -kInf);
+      std::fill(w.sum, w.sum + rows, 0.0f);
+      std::fill(w.o, w.o + rows * width_v_, 0.0f);
+      for (int64_t n0 = 0; n0 < s_.N; n0 += kBlock) {
+        const int64_t slot = stay_ ? n0 / kBlock : 0;
+        U *kt = w.kt + slot * kt_, *v = w.v + slot * v_;
+        t.n0 = n0;
+        t.cols = static_cast<int>(std::min<int64_t>(kBlock, s_.N - n0));
+        t.nv = vectors(t.cols);
+        if (!stay_ || (fresh && m0 == begin)) {
+          pack_b_transposed(kt, w.scratch, rows_of(s_.k, t.b, t.h, n0, s_.mask), t.cols, s_.D);
+          pack_b(v, w.scratch, rows_of(s_.v, t.b, t.h, n0, s_.mask), t.cols, s_.Dv);
+        }
+        for (int64_t r = 0; r < rows; r += kBlock) {
+          t.m0 = m0 + r;
+          t.rows = static_cast<int>(std::min<int64_t>(kBlock, rows - r));
+          tile(w, t, r, kt, v);
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = bh * s_.M + m0 + i;
+        finish_row(static_cast<char*>(s_.o) + row * s_.Dv * size_of(s_.q.dtype), s_.lse + row,
+                   w.o + i * width_v_, w.reference[i], w.sum[i], s_.q.dtype, s_.Dv, rule_.unit);
+      }
+    }
+  }
+
+  void tile(Work& w, const TileShape& t, int64_t r, const U* kt, const U* v) const {
+    scores(w.q + r * units<U>(s_.D), kt, t.rows, t.cols, s_.D, w.s);
+    prepare_tile(w, t);
+    float *reference = w.reference + r, *sums = w.sum + r, *o = w.o + r * width_v_;
+    w.mask.full ? softmax<false>(w, t, reference, sums, o)
+                : softmax<true>(w, t, reference, sums, o);
+    times_rows(w.p, t.rows, t.cols, v, t.cols, vectors(s_.Dv), o, width_v_);
+  }
+
+  template <bool kMasked>
+  void softmax(Work& w, const TileShape& t, float* reference, float* sums, float* o) const {
+    const Vec exponent = splat(rule_.unit.exponent);
+    for (int i = 0; i < t.rows; ++i) {
+      const float* s = w.s + i * kBlock;
+      Vec top = splat(-kInf);
+      for (int v = 0; v < t.nv; ++v) {
+        const Vec x = load(s + v * kLanes);
+        top = max_skip_nan(kMasked ? select(w.mask.columns(v), x, splat(-kInf)) : x, top);
+      }
+      raise(max(top), reference[i], sums[i], o + i * width_v_, width_v_, rule_.unit);
+      const Vec ref = splat(finite_reference(reference[i]));
+      Vec total{};
+      for (int v = 0; v < t.nv; ++v) {
+        Vec p = exp2((load(s + v * kLanes) - ref) * exponent);
+        if constexpr (kMasked) p = select(w.mask.columns(v), p, Vec{});
+        total += p;
+        if (w.drop) p *= load(w.drop + i * kBlock + v * kLanes);
+        w.p.put_rm(i, v, p);
+      }
+      sums[i] += sum(total);
+    }
+  }
+
+  Chunks deal_;
+  int64_t kt_, v_, super_;
+  bool stay_;
+};
+
+template <class U>
+class Backward : Side {
+ public:
+  Backward(const CoAttention& a, const CoAttentionGrad& g, int direction)
+      : Side(a, direction), g_(g.side[direction]) {
+    want_ds_ = g_.dq || g_.dk || g_.dbias;
+    each_ = s_.N * ((g_.dk ? width_ : 0) + (g_.dv ? width_v_ : 0));
+    const bool row_shared = g_.dbias && g_.dbias_stride[2] == 0;
+    share_b_ = g_.dbias && g_.dbias_stride[0] == 0 ? a.B : 1;
+    share_h_ = g_.dbias && g_.dbias_stride[1] == 0 ? a.H : 1;
+    deal_ = chunk_rows(planes_, s_.M, each_ * 4);
+    if (row_shared) deal_ = {1, round_up(std::max<int64_t>(s_.M, 1), kBlock)};
+    kt_ = bt_units<U>(kBlock, s_.D);
+    vt_ = want_ds_ ? bt_units<U>(kBlock, s_.Dv) : 0;
+    k_ = g_.dq ? b_units<U>(kBlock, s_.D) : 0;
+    stay_ = tiles_ * (kt_ + vt_ + k_) * 4 <= kKeepBytes;
+    super_ = super_rows(stay_, 4 * (3 * width_ + 2 * width_v_));
+  }
+
+  int64_t tasks() const { return planes_ / (share_b_ * share_h_) * deal_.chunks; }
+  int64_t merges() const { return deal_.chunks > 1 ? planes_ * tiles_ : 0; }
+  int64_t partial_size() const { return deal_.chunks > 1 ? planes_ * deal_.chunks * each_ : 0; }
+
+  void run(int64_t begin, int64_t end, float* partial) const {
+    if (begin >= end) return;
+    Arena& arena = Arena::local();
+    Work w;
+    make_work(w, arena);
+    float* own = partial_size() ? nullptr : arena.take<float>(each_);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t group = t / deal_.chunks, chunk = t % deal_.chunks;
+      for (int64_t k = 0; k < share_b_ * share_h_; ++k) {
+        const int64_t groups_h = a_.H / share_h_;
+        const int64_t b = group / groups_h * share_b_ + k / share_h_;
+        const int64_t bh = b * a_.H + group % groups_h * share_h_ + k % share_h_;
+        float* acc = own ? own : partial + (bh * deal_.chunks + chunk) * each_;
+        task(w, bh, chunk, acc);
+        if (own) finish_columns(bh, acc, 0, s_.N);
+      }
+    }
+  }
+
+  // Adds the chunks of one column block of one plane in order, and writes it.
+  void merge(int64_t index, float* partial) const {
+    const int64_t bh = index / tiles_, n0 = index % tiles_ * kBlock;
+    const int64_t n1 = std::min(s_.N, n0 + kBlock), split = g_.dv ? s_.N * width_v_ : 0;
+    float* into = partial + bh * deal_.chunks * each_;
+    for (int64_t k = 1; k < deal_.chunks; ++k) {
+      const float* from = into + k * each_;
+      if (g_.dv) {
+        for (int64_t j = n0 * width_v_; j < n1 * width_v_; ++j) into[j] += from[j];
+      }
+      if (g_.dk) {
+        for (int64_t j = split + n0 * width_; j < split + n1 * width_; ++j) into[j] += from[j];
+      }
+    }
+    finish_columns(bh, into, n0, n1);
+  }
+
+ private:
+  struct Work : Common {
+    U *q, *d_o, *q_b, *do_b, *column, *scratch;
+    float *dq, *dp, *lse, *low, *delta, *floats;  // lse in scores, high and low
+    PTile<U> p, ds;
+  };
+
+  void make_work(Work& w, Arena& arena) const {
+    make_common(w, arena);
+    const int64_t blocks = super_ / kBlock, widest = std::max(s_.D, s_.Dv);
+    w.q = arena.take<U>(a_units<U>(super_, s_.D));
+    w.d_o = arena.take<U>(a_units<U>(super_, s_.Dv));
+    w.q_b = arena.take<U>(blocks * b_units<U>(kBlock, s_.D));
+    w.do_b = arena.take<U>(blocks * b_units<U>(kBlock, s_.Dv));
+    w.column = arena.take<U>((stay_ ? tiles_ : 1) * (kt_ + vt_ + k_));
+    w.scratch = arena.take<U>(scratch_units<U>(widest));
+    w.floats = arena.take<float>(2 * widest);
+    w.dq = arena.take<float>(super_ * width_);
+    w.dp = arena.take<float>(kBlock * kBlock);
+    w.lse = arena.take<float>(super_);
+    w.low = arena.take<float>(super_);
+    w.delta = arena.take<float>(super_);
+    w.p = PTile<U>::make(arena, false, true);
+    w.ds = PTile<U>::make(arena, true, true);
+  }
+
+  void pack_rows(Work& w, const TileShape& t, int64_t m0, int64_t rows) const {
+    const RowSource q = rows_of(s_.q, t.b, t.h, m0), d_o = rows_of(g_.d_o, t.b, t.h, m0);
+    const RowSource o = rows_of(g_.o, t.b, t.h, m0);
+    pack_a(w.q, q, rows, s_.D);
+    if (want_ds_) pack_a(w.d_o, d_o, rows, s_.Dv);
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      const int64_t n = std::min<int64_t>(kBlock, rows - r), block = r / kBlock;
+      if (g_.dk) {
+        pack_b(w.q_b + block * b_units<U>(kBlock, s_.D), w.scratch, rows_of(s_.q, t.b, t.h, m0 + r),
+               n, s_.D);
+      }
+      if (g_.dv) {
+        pack_b(w.do_b + block * b_units<U>(kBlock, s_.Dv), w.scratch,
+               rows_of(g_.d_o, t.b, t.h, m0 + r), n, s_.Dv);
+      }
+    }
+    const int64_t row = t.bh * s_.M + m0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const Lse2 lse = split_lse(g_.lse[row + i], rule_.unit);
+      w.lse[i] = lse.high, w.low[i] = lse.low;
+      w.delta[i] = row_delta(d_o, o, g_.dlse + row, i, s_.Dv, w.floats);
+    }
+    std::fill(w.dq, w.dq + rows * width_, 0.0f);
+  }
+
+  void task(Work& w, int64_t bh, int64_t chunk, float* acc) const {
+    const int64_t begin = chunk * deal_.chunk_rows;
+    const int64_t end = std::min(s_.M, begin + deal_.chunk_rows);
+    std::fill(acc, acc + each_, 0.0f);
+    TileShape t{};
+    t.b = bh / a_.H, t.h = bh % a_.H, t.bh = bh;
+    for (int64_t m0 = begin; m0 < end; m0 += super_) {
+      const int64_t rows = std::min(super_, end - m0);
+      pack_rows(w, t, m0, rows);
+      for (int64_t n0 = 0; n0 < s_.N; n0 += kBlock) {
+        U* column = w.column + (stay_ ? n0 / kBlock : 0) * (kt_ + vt_ + k_);
+        t.n0 = n0;
+        t.cols = static_cast<int>(std::min<int64_t>(kBlock, s_.N - n0));
+        t.nv = vectors(t.cols);
+        if (!stay_ || m0 == begin) {
+          const RowSource k = rows_of(s_.k, t.b, t.h, n0, s_.mask);
+          const RowSource v = rows_of(s_.v, t.b, t.h, n0, s_.mask);
+          pack_b_transposed(column, w.scratch, k, t.cols, s_.D);
+          if (vt_) pack_b_transposed(column + kt_, w.scratch, v, t.cols, s_.Dv);
+          if (k_) pack_b(column + kt_ + vt_, w.scratch, k, t.cols, s_.D);
+        }
+        for (int64_t r = 0; r < rows; r += kBlock) {
+          t.m0 = m0 + r;
+          t.rows = static_cast<int>(std::min<int64_t>(kBlock, rows - r));
+          tile(w, t, r, column, acc);
+        }
+      }
+      write_rows(g_.dq, w.dq, bh * s_.M + m0, rows, s_.D, width_, s_.scale);
+    }
+  }
+
+  void tile(Work& w, const TileShape& t, int64_t r, const U* column, float* acc) const {
+    scores(w.q + r * units<U>(s_.D), column, t.rows, t.cols, s_.D, w.s);
+    if (want_ds_) {
+      scores(w.d_o + r * units<U>(s_.Dv), column + kt_, t.rows, t.cols, s_.Dv, w.dp);
+    }
+    prepare_tile(w, t);
+    w.mask.full ? gradients<false>(w, t, r) : gradients<true>(w, t, r);
+    const int64_t block = r / kBlock;
+    if (g_.dv) {
+      times_columns(w.p, t.rows, t.cols, w.do_b + block * b_units<U>(kBlock, s_.Dv), t.rows,
+                    vectors(s_.Dv), acc + t.n0 * width_v_, width_v_);
+    }
+    if (g_.dq) {
+      times_rows(w.ds, t.rows, t.cols, column + kt_ + vt_, t.cols, vectors(s_.D), w.dq + r * width_,
+                 width_);
+    }
+    if (g_.dk) {
+      times_columns(w.ds, t.rows, t.cols, w.q_b + block * b_units<U>(kBlock, s_.D), t.rows,
+                    vectors(s_.D), acc + (g_.dv ? s_.N * width_v_ : 0) + t.n0 * width_, width_);
+    }
+  }
+
+  template <bool kMasked>
+  void gradients(Work& w, const TileShape& t, int64_t r) const {
+    const Vec exponent = splat(rule_.unit.exponent);
+    for (int i = 0; i < t.rows; ++i) {
+      const int row = i * kBlock;
+      const Vec row_lse = splat(w.lse[r + i]), row_low = splat(w.low[r + i]);
+      Vec shared{};
+      const Vec row_delta = splat(w.delta[r + i]);
+      for (int v = 0; v < t.nv; ++v) {
+        const int at = row + v * kLanes;
+        Vec p = exp2((load(w.s + at) - row_lse - row_low) * exponent);
+        if constexpr (kMasked) p = select(w.mask.columns(v), p, Vec{});
+        if (want_ds_) {
+          Vec dp = load(w.dp + at);
+          if (w.drop) dp *= load(w.drop + at);
+          const Vec ds = p * (dp - row_delta);
+          if (g_.dbias) add_dbias(t, i, v, ds, shared);
+          w.ds.put_rm(i, v, ds);
+          if (PTile<U>::kTwo) w.ds.put_tr(i, v, ds);
+        }
+        if (w.drop) p *= load(w.drop + at);
+        w.p.put_tr(i, v, p);
+      }
+    }
+  }
+
+  // ds of row i, vector v into dbias; where columns share an element, into `shared` until row's
+  // end.
+  FMM_INLINE void add_dbias(const TileShape& t, int i, int v, Vec ds, Vec& shared) const {
+    if (g_.dbias_stride[3] == 0) {
+      shared += ds;  // zero past the end
+      if (v + 1 == t.nv) *dbias_at(t, i) += sum(shared);
+      return;
+    }
+    float* out = dbias_at(t, i);
+    const int end = std::min(t.cols, (v + 1) * kLanes);
+    for (int j = v * kLanes; j < end; ++j) out[j * g_.dbias_stride[3]] += ds[j - v * kLanes];
+  }
+
+  FMM_INLINE float* dbias_at(const TileShape& t, int i) const {
+    return g_.dbias + t.b * g_.dbias_stride[0] + t.h * g_.dbias_stride[1] +
+           (t.m0 + i) * g_.dbias_stride[2] + t.n0 * g_.dbias_stride[3];
+  }
+
+  void finish_columns(int64_t bh, const float* acc, int64_t n0, int64_t n1) const {
+    const float* dk = acc + (g_.dv ? s_.N * width_v_ : 0);
+    write_rows(g_.dv, acc + n0 * width_v_, bh * s_.N + n0, n1 - n0, s_.Dv, width_v_, 1.0f);
+    write_rows(g_.dk, dk + n0 * width_, bh * s_.N + n0, n1 - n0, s_.D, width_, s_.scale);
+  }
+
+  void write_rows(void* out, const float* acc, int64_t row, int64_t rows, int64_t width, int64_t ld,
+                  float factor) const {
+    if (!out) return;
+    auto* o = static_cast<char*>(out) + row * width * size_of(s_.q.dtype);
+    for (int64_t i = 0; i < rows; ++i) {
+      store_row(o + i * width * size_of(s_.q.dtype), acc + i * ld, s_.q.dtype, factor, width);
+    }
+  }
+
+  const AttentionSideGrad& g_;
+  Chunks deal_;
+  int64_t each_, share_b_, share_h_, kt_, vt_, k_, super_;
+  bool stay_, want_ds_;
+};
+
+// Tasks [begin, end) of the two directions laid end to end.
+template <class F>
+void both(int64_t begin, int64_t end, int64_t first, const F& run) {
+  run(0, std::min(begin, first), std::min(end, first));
+  run(1, std::max(begin, first) - first, std::max(end, first) - first);
+}
+
+template <class U>
+void forward(const CoAttention& a, ParallelFor parallel) {
+  const Forward<U> x(a, 0), y(a, 1);
+  parallel(x.tasks() + y.tasks(), [&](int64_t begin, int64_t end) {
+    both(begin, end, x.tasks(), [&](int side, int64_t i, int64_t j) { (side ? y : x).run(i, j); });
+  });
+}
+
+template <class U>
+void backward(const CoAttention& a, const CoAttentionGrad& g, ParallelFor parallel) {
+  const Backward<U> x(a, g, 0), y(a, g, 1);
+  float* partial_x = Arena::shared().take<float>(x.partial_size() + y.partial_size());
+  float* partial_y = partial_x + x.partial_size();
+  parallel(x.tasks() + y.tasks(), [&](int64_t begin, int64_t end) {
+    both(begin, end, x.tasks(), [&](int side, int64_t i, int64_t j) {
+      (side ? y : x).run(i, j, side ? partial_y : partial_x);
+    });
+  });
+  parallel(x.merges() + y.merges(), [&](int64_t begin, int64_t end) {
+    both(begin, end, x.merges(), [&](int side, int64_t i, int64_t j) {
+      for (; i < j; ++i) (side ? y : x).merge(i, side ? partial_y : partial_x);
+    });
+  });
+}
+
+}  // namespace
+
+void co_attention_fwd(const CoAttention& a, ParallelFor parallel) {
+#if defined(__AVX512BF16__)
+  if (a.side[0].q.dtype == DType::kBFloat16) return forward<Bf2>(a, parallel);
+#endif
+  forward<float>(a, parallel);
+}
+
+void co_attention_bwd(const CoAttention& a, const CoAttentionGrad& g, ParallelFor parallel) {
+#if defined(__AVX512BF16__)
+  if (a.side[0].q.dtype == DType::kBFloat16) return backward<Bf2>(a, g, parallel);
+#endif
+  backward<float>(a, g, parallel);
+}
+
+}  // namespace fmm::cpu::FMM_ISA

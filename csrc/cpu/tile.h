@@ -1,0 +1,401 @@
+// Tiles: packing of strided rows into panels, the register-blocked product, and scratch memory.
+// A "unit" is one float or two bf16; kBlock rows and columns make a score tile.
+#pragma once
+
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "vec.h"
+
+namespace fmm::cpu::FMM_ISA {
+
+constexpr int kBlock = 96;          // rows and columns of a score tile
+constexpr int kPanel = 2 * kLanes;  // columns of a packed panel
+#if defined(__AVX512F__)
+constexpr int kRegRows = 12;  // 12 x 2 accumulators of 32 registers
+#else
+constexpr int kRegRows = 6;  // 6 x 2 accumulators of 16 registers
+#endif
+static_assert(kBlock % kPanel == 0 && kBlock % kRegRows == 0);
+
+FMM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FMM_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+FMM_INLINE int vectors(int64_t n) { return static_cast<int>(ceil_div(n, kLanes)); }
+
+// Bump allocator, kept between calls up to kKeep bytes. Each thread has two: `local` for a task,
+// `shared` for what the calling thread lends to all tasks; opening one frees what it lent before.
+class Arena {
+ public:
+  static Arena& local() {
+    thread_local Arena arena;
+    arena.reset();
+    return arena;
+  }
+  static Arena& shared() {
+    thread_local Arena arena;
+    arena.reset();
+    return arena;
+  }
+  template <class T>
+  T* take(int64_t n) {
+    const size_t bytes = round_up(n * static_cast<int64_t>(sizeof(T)) + 1, 64);
+    if (blocks_.empty() || used_ + bytes > blocks_.back().size) grow(bytes);
+    char* p = blocks_.back().data.get() + used_;
+    used_ += bytes;
+    return reinterpret_cast<T*>(p);
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
+  };
+  struct Block {
+    std::unique_ptr<char[], Free> data;
+    size_t size;
+  };
+  static constexpr size_t kKeep = size_t{16} << 20;
+  static constexpr size_t kFirst = size_t{256} << 10;
+
+  void grow(size_t bytes) {
+    const size_t size = bytes > kFirst ? bytes : kFirst;
+    char* p = static_cast<char*>(::operator new[](size, std::align_val_t{64}));
+    blocks_.push_back({std::unique_ptr<char[], Free>(p), size});
+    used_ = 0;
+  }
+  // One block as large as all of the last call's, so that the next call does not allocate.
+  void reset() {
+    if (blocks_.size() > 1) {
+      size_t total = 0;
+      for (const Block& b : blocks_) total += b.size;
+      blocks_.clear();
+      if (total <= kKeep) grow(total);
+    } else if (!blocks_.empty() && blocks_.back().size > kKeep) {
+      blocks_.clear();
+    }
+    used_ = 0;
+  }
+
+  std::vector<Block> blocks_;
+  size_t used_ = 0;
+};
+
+// Rows of a tensor: base address, strides, and which rows count (others read as zero).
+struct RowSource {
+  const char* data;
+  DType dtype;
+  int64_t row_stride, stride;  // elements
+  const bool* keep;            // nullptr: all
+  int64_t keep_stride;
+  const float* factor;  // per row, nullptr: 1
+
+  const void* row(int64_t i) const { return data + i * row_stride * size_of(dtype); }
+  bool kept(int64_t i) const { return !keep || keep[i * keep_stride]; }
+};
+
+FMM_INLINE RowSource rows_of(const Tensor4& t, int64_t b, int64_t h, int64_t row0,
+                             const KeyMask& mask = {}) {
+  const bool* keep = mask.data ? mask.row(b) + row0 * mask.stride[1] : nullptr;
+  return {static_cast<const char*>(at(t, t.offset(b, h, row0))),
+          t.dtype,
+          t.stride[2],
+          t.stride[3],
+          keep,
+          mask.stride[1],
+          nullptr};
+}
+
+// One row of `width` elements as units, zero-padded to whole units.
+FMM_INLINE void read_row(float* dst, const RowSource& src, int64_t i, int64_t width) {
+  if (!src.kept(i)) {
+    std::memset(dst, 0, width * sizeof(float));
+    return;
+  }
+  load_row(dst, src.row(i), src.dtype, src.stride, width);
+  if (src.factor) {
+    for (int64_t j = 0; j < width; ++j) dst[j] *= src.factor[i];
+  }
+}
+FMM_INLINE void read_row(Bf2* dst, const RowSource& src, int64_t i, int64_t width) {
+  auto* out = reinterpret_cast<uint16_t*>(dst);
+  if (width % 2) out[width] = 0;
+  if (!src.kept(i)) {
+    std::memset(out, 0, width * sizeof(uint16_t));
+    return;
+  }
+  const auto* in = static_cast<const uint16_t*>(src.row(i));
+  if (src.factor) {
+    for (int64_t j = 0; j < width; ++j) {
+      out[j] = float_to_bf16(bf16_to_float(in[j * src.stride]) * src.factor[i]);
+    }
+  } else if (src.stride == 1) {
+    std::memcpy(out, in, width * sizeof(uint16_t));
+  } else {
+    for (int64_t j = 0; j < width; ++j) out[j] = in[j * src.stride];
+  }
+}
+
+// Whether row i of src can be read as units in place.
+template <class U>
+FMM_INLINE bool readable(const RowSource& src, int64_t i, int64_t width) {
+  return (kPerUnit<U> == 2 || src.dtype == DType::kFloat) && src.stride == 1 && !src.factor &&
+         width % kPerUnit<U> == 0 && src.kept(i) &&
+         reinterpret_cast<uintptr_t>(src.row(i)) % sizeof(U) == 0;
+}
+
+// A operand: dst[i][unit], contraction along the row.
+template <class U>
+void pack_a(U* dst, const RowSource& src, int64_t n, int64_t width) {
+  const int64_t k = units<U>(width);
+  for (int64_t i = 0; i < n; ++i) read_row(dst + i * k, src, i, width);
+}
+
+// dst[k][j] = src[j][k] for kLanes rows of `n` units.
+template <class U>
+FMM_INLINE void transpose(U* dst, int64_t ld, const U* const* src, int64_t n) {
+  int64_t k = 0;
+#if defined(__AVX512F__)
+  for (; k + 16 <= n; k += 16) {
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(src[i] + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[4 * i + 0] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+      r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // 128-bit lane q of r[4g + i] holds column 4q + i of rows 4g..
+      const __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+      const __m512i b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+      const __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+      const __m512i d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+      _mm512_storeu_si512(dst + (k + i) * ld, _mm512_shuffle_i32x4(a, c, 0x88));
+      _mm512_storeu_si512(dst + (k + 8 + i) * ld, _mm512_shuffle_i32x4(a, c, 0xdd));
+      _mm512_storeu_si512(dst + (k + 4 + i) * ld, _mm512_shuffle_i32x4(b, d, 0x88));
+      _mm512_storeu_si512(dst + (k + 12 + i) * ld, _mm512_shuffle_i32x4(b, d, 0xdd));
+    }
+  }
+#endif
+  for (; k < n; ++k) {
+    for (int j = 0; j < kLanes; ++j) dst[k * ld + j] = src[j][k];
+  }
+}
+
+// B operand, contraction along the rows' width: panel[p][unit][kPanel], column = row of src.
+template <class U>
+void pack_b_transposed(U* dst, U* scratch, const RowSource& src, int64_t n, int64_t width) {
+  const int64_t k = units<U>(width);
+  for (int64_t j0 = 0; j0 < round_up(n, kPanel); j0 += kLanes) {
+    const U* rows[kLanes];
+    for (int j = 0; j < kLanes; ++j) {
+      U* row = scratch + j * k;
+      rows[j] = row;
+      if (j0 + j >= n) {
+        std::memset(static_cast<void*>(row), 0, k * sizeof(U));
+      } else if (readable<U>(src, j0 + j, width)) {
+        rows[j] = static_cast<const U*>(src.row(j0 + j));
+      } else {
+        read_row(row, src, j0 + j, width);
+      }
+    }
+    transpose(dst + (j0 / kPanel) * k * kPanel + j0 % kPanel, kPanel, rows, k);
+  }
+}
+
+// B operand, contraction along the rows: panel[p][row unit][kPanel], column = element of the row.
+inline void pack_b(float* dst, float* scratch, const RowSource& src, int64_t n, int64_t width) {
+  const int64_t padded = round_up(width, kPanel);
+  for (int64_t j = width; j < padded; ++j) scratch[j] = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    read_row(scratch, src, i, width);
+    for (int64_t p = 0; p < padded; p += kPanel) {
+      std::memcpy(dst + (p * n + i * kPanel), scratch + p, kPanel * sizeof(float));
+    }
+  }
+}
+inline void pack_b(Bf2* dst, Bf2* scratch, const RowSource& src, int64_t n, int64_t width) {
+  const int64_t padded = round_up(width, kPanel), k = units<Bf2>(n);
+  auto* even = reinterpret_cast<uint16_t*>(scratch);
+  uint16_t* odd = even + padded;
+  std::memset(static_cast<void*>(scratch), 0, 2 * padded * sizeof(uint16_t));
+  for (int64_t i = 0; i < k; ++i) {
+    read_row(reinterpret_cast<Bf2*>(even), src, 2 * i, width);
+    if (2 * i + 1 < n) {
+      read_row(reinterpret_cast<Bf2*>(odd), src, 2 * i + 1, width);
+    } else {
+      std::memset(odd, 0, padded * sizeof(uint16_t));
+    }
+    for (int64_t p = 0; p < padded; p += kPanel) {
+      Bf2* out = dst + p * k + i * kPanel;
+      for (int j = 0; j < kPanel; ++j) {
+        out[j].bits = even[p + j] | static_cast<uint32_t>(odd[p + j]) << 16;
+      }
+    }
+  }
+}
+
+// Units that the packs above write, and that their scratch needs.
+template <class U>
+FMM_INLINE int64_t a_units(int64_t n, int64_t width) {
+  return n * units<U>(width);
+}
+template <class U>
+FMM_INLINE int64_t bt_units(int64_t n, int64_t width) {
+  return round_up(n, kPanel) * units<U>(width);
+}
+template <class U>
+FMM_INLINE int64_t b_units(int64_t n, int64_t width) {
+  return units<U>(n) * round_up(width, kPanel);
+}
+template <class U>
+FMM_INLINE int64_t scratch_units(int64_t width) {
+  return (kLanes + 2) * (width + kPanel);
+}
+
+// c[R][V] (+)= a . b over k units. kRows: a's unit (r, k) is at r * lda + k, else at k * lda + r.
+template <class U, int R, int V, bool kRows>
+__attribute__((noinline)) void micro(int k, const U* a, ptrdiff_t lda, const U* b, float* c,
+                                     ptrdiff_t ldc, bool accumulate) {
+  Vec acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
+  }
+  for (int i = 0; i < k; ++i) {
+    Vec bv[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const U x = kRows ? a[r * lda] : a[r];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], x, bv[v]);
+    }
+    a += kRows ? 1 : lda;
+    b += kPanel;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* p = c + r * ldc + v * kLanes;
+      store(p, accumulate ? load(p) + acc[r][v] : acc[r][v]);
+    }
+  }
+}
+
+template <class U, int V, bool kRows, int R = kRegRows>
+FMM_INLINE void micro_tail(int rows, int k, const U* a, ptrdiff_t lda, const U* b, float* c,
+                           ptrdiff_t ldc, bool accumulate) {
+  if constexpr (R > 0) {
+    if (rows == R) {
+      micro<U, R, V, kRows>(k, a, lda, b, c, ldc, accumulate);
+    } else {
+      micro_tail<U, V, kRows, R - 1>(rows, k, a, lda, b, c, ldc, accumulate);
+    }
+  }
+}
+
+// c[m][nv * kLanes] (+)= a[m][k] . b[k][..], b in panels of `panel` units each.
+template <class U, bool kRows>
+void gemm(int m, int nv, int k, const U* a, ptrdiff_t lda, const U* b, ptrdiff_t panel, float* c,
+          ptrdiff_t ldc, bool accumulate) {
+  for (int v = 0; v < nv; v += 2, b += panel, c += kPanel) {
+    for (int r = 0; r < m; r += kRegRows) {
+      const int rows = m - r < kRegRows ? m - r : kRegRows;
+      const U* ar = kRows ? a + r * lda : a + r;
+      if (nv - v >= 2) {
+        micro_tail<U, 2, kRows>(rows, k, ar, lda, b, c + r * ldc, ldc, accumulate);
+      } else {
+        micro_tail<U, 1, kRows>(rows, k, ar, lda, b, c + r * ldc, ldc, accumulate);
+      }
+    }
+  }
+}
+
+// A tile of probabilities as the A operand of two products: `rm` contracts along its columns,
+// `tr` along its rows. For float both are the same kBlock x kBlock matrix.
+template <class U>
+struct PTile {
+  U *rm, *tr;
+  static constexpr int kLd = kBlock;                  // of tr, and of rm for float
+  static constexpr int kLdRm = kBlock / kPerUnit<U>;  // of rm
+
+  static constexpr bool kTwo = kPerUnit<U> == 2;  // rm and tr are different memory
+
+  static PTile make(Arena& arena, bool rows, bool columns) {
+    PTile t{};
+    if (rows) t.rm = arena.take<U>(kBlock * kLdRm);
+    if (columns) t.tr = kPerUnit<U> == 1 && rows ? t.rm : arena.take<U>(kBlock * kLd);
+    return t;
+  }
+  // One element, in both forms.
+  FMM_INLINE void set(int i, int j, float p) const {
+    if constexpr (kTwo) {
+      const uint16_t h = float_to_bf16(p);
+      std::memcpy(reinterpret_cast<char*>(rm) + (i * 2 * kLdRm + j) * 2, &h, 2);
+      std::memcpy(reinterpret_cast<char*>(tr) + ((i / 2 * kLd + j) * 2 + i % 2) * 2, &h, 2);
+    } else {
+      rm[i * kLdRm + j] = p;
+    }
+  }
+  // put_rm, put_tr: row i, vector v of the tile.
+  FMM_INLINE void put_rm(int i, int v, Vec p) const {
+    if constexpr (kPerUnit<U> == 1) {
+      store(rm + i * kLdRm + v * kLanes, p);
+    } else {
+#if defined(__AVX512BF16__)
+      const __m256bh half = _mm512_cvtneps_pbh((__m512)p);
+      __builtin_memcpy(rm + i * kLdRm + v * (kLanes / 2), &half, sizeof half);
+#endif
+    }
+  }
+  FMM_INLINE void put_tr(int i, int v, Vec p) const {
+    if constexpr (kPerUnit<U> == 1) {
+      store(tr + i * kLd + v * kLanes, p);
+    } else {
+#if defined(__AVX512BF16__)
+      const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)p));
+      U* out = tr + (i / 2) * kLd + v * kLanes;
+      if (i % 2 == 0) {
+        _mm512_storeu_si512(out, wide);
+      } else {
+        const __m512i low = _mm512_loadu_si512(out);
+        _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(wide, 16)));
+      }
+#endif
+    }
+  }
+};
+
+// c (+)= p . b, contracting the tile's columns (n of them).
+template <class U>
+FMM_INLINE void times_rows(const PTile<U>& p, int m, int n, const U* b, int64_t b_rows, int nv,
+                           float* c, int64_t ldc) {
+  gemm<U, true>(m, nv, units<U>(n), p.rm, PTile<U>::kLdRm, b, units<U>(b_rows) * kPanel, c, ldc,
+                true);
+}
+// c (+)= p^T . b, contracting the tile's rows (m of them).
+template <class U>
+FMM_INLINE void times_columns(const PTile<U>& p, int m, int n, const U* b, int64_t b_rows, int nv,
+                              float* c, int64_t ldc) {
+  gemm<U, false>(n, nv, units<U>(m), p.tr, PTile<U>::kLd, b, units<U>(b_rows) * kPanel, c, ldc,
+                 true);
+}
+// s[m][ld] = a . bt over the width.
+template <class U>
+FMM_INLINE void scores(const U* a, const U* bt, int m, int n, int64_t width, float* s) {
+  const int k = units<U>(width);
+  gemm<U, true>(m, vectors(n), k, a, k, bt, static_cast<ptrdiff_t>(k) * kPanel, s, kBlock, false);
+}
+
+}  // namespace fmm::cpu::FMM_ISA
