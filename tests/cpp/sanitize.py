@@ -1,4 +1,4 @@
-"""Builds tests/cpp/kernels.cpp with ASan and UBSan for each instruction set this CPU has, and runs it.
+"""Builds tests/cpp/kernels.cpp with ASan and UBSan for each instruction set of this CPU; runs it.
 
 python tests/cpp/sanitize.py [ISA ...]
 """
