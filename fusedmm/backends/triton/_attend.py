@@ -451,6 +451,6 @@ def contiguous_grads(*likes: Tensor) -> list[Tensor]:
 
 def grads(do: Tensor, dlse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Grads:
     """Gradients of a direction, with room for what delta_kernel writes."""
-    dlse = dlse.contiguous()
+    dlse = dlse.float().contiguous()
     scratch = (torch.empty_like(dlse) for _ in range(4))
     return Grads(rows(do), dlse, *scratch, rows(dq), rows(dk), rows(dv))

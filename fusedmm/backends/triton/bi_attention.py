@@ -458,7 +458,7 @@ def fwd(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p, see
     if fit is None:
         directions = _directions(x, y, bias_x, bias_y, score)
         _attend.launch_fwd(OP, *directions, drop, seed)
-        return o_x, o_y, lse_x, lse_y
+        return o_x, o_y, lse_x.double(), lse_y.double()
     choice, y_short = fit
     a, b, bias_a = (x, y, bias_x) if y_short else (y, x, bias_y)
     chunks, chunk = _chunks(a, B * H, choice["BLOCK_M"])
@@ -474,7 +474,7 @@ def fwd(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p, see
         merge_kernel[(B * H * tiles(b.M, 16),)](
             b, part, part_lse, H, chunks, BLOCK_N=16, BLOCK_DV=widths["BLOCK_DV"]
         )
-    return o_x, o_y, lse_x, lse_y
+    return o_x, o_y, lse_x.double(), lse_y.double()
 
 
 def bwd(
@@ -484,7 +484,7 @@ def bwd(
     """Gradients of (qk_x, qk_y, v_x, v_y, bias) where `needs`."""
     B, H, M, _ = qk_x.shape
     N = qk_y.shape[2]
-    lse_x, lse_y = lse_x.contiguous(), lse_y.contiguous()
+    lse_x, lse_y = lse_x.float().contiguous(), lse_y.float().contiguous()
     x, y = _streams(qk_x, qk_y, v_x, v_y, mask_x, mask_y, o_x, o_y, lse_x, lse_y)
     bias_x, bias_y = (bias_of(bias, qk_x, (B, H, M, N), swap) for swap in (False, True))
     score, (drop, seed) = score_of(scale, clamp, bias), drop_of(dropout_p, seed)

@@ -141,7 +141,7 @@ def fwd(x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, w
     if want_y:
         stats_y[:2] = NEG_INF
     if G * M * N == 0:
-        return stats_x, stats_y
+        return stats_x.double(), stats_y.double()
     choice = _pairs.config(OP, "stats", x)
     block_m, block_n = choice["BLOCK_M"], choice["BLOCK_N"]
     per_row = 24 * (tiles(N, block_n) + tiles(N, block_m))
@@ -159,11 +159,12 @@ def fwd(x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, w
         if want_y:
             old = c.columns(stats_y)
             old.copy_(_merged(torch.cat([old[None], part_y])))
-    return stats_x, stats_y
+    return stats_x.double(), stats_y.double()
 
 
 def bwd(coef_x, coef_y, x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, needs):
     """Gradients of (x, y, logit_scale [G, M]) where `needs`."""
+    coef_x, coef_y = coef_x.float(), coef_y.float()
     run = _pairs.Backward(OP, x, y, normalize, needs)
     peak = _pairs.peak_of(x, [coef_x[1], coef_y[1]], logit_scale)
     inverse = 1.0 / peak
