@@ -16,6 +16,10 @@ test: lint
 test-gpu: build
 	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS)
 
+# ASan and UBSan on the CPU kernels, for each instruction set of this machine.
+sanitize:
+	$(PYTHON) tests/cpp/sanitize.py
+
 lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

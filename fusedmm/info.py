@@ -1,6 +1,7 @@
 """What is installed and runs here: versions, instruction set, each backend and why it is off."""
 
 import platform
+import sys
 
 import torch
 
@@ -38,3 +39,8 @@ def state(name: str) -> str:
     asked = problem.AttentionProblem("bi_attention", 1, 1, side, side, torch.float32, device)
     reasons = backends.reject(name, "bi_attention", asked)
     return "off: " + "; ".join(reasons) if reasons else "on"
+
+
+def main() -> None:
+    """`python -m fusedmm info`."""
+    sys.stdout.write("\n".join(lines()) + "\n")
