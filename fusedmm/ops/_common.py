@@ -7,7 +7,7 @@ from torch import Tensor
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts to autocast's dtype inside an autocast region, as torch.matmul does."""
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -65,7 +65,7 @@ def contrastive_loss(
     )  # fmt: skip
     name = select(op, asked, backend)
     lead, G, M, N = x.shape[:-2], asked.G, asked.M, asked.N
-    x, y = x.reshape(G, M, -1), y.reshape(G, N, -1)
+    x, y = x.reshape(G, M, asked.D), y.reshape(G, N, asked.D)
     scale = pairs.as_rows(logit_scale, x, G, M)
     if positives is not None:
         positives = positives.reshape(G, M)

@@ -58,7 +58,7 @@ def sigmoid_loss(
         check.number(op, "logit_bias", logit_bias)
     name = select(op, asked, backend)
     lead, G, M, N = x.shape[:-2], asked.G, asked.M, asked.N
-    x, y = x.reshape(G, M, -1), y.reshape(G, N, -1)
+    x, y = x.reshape(G, M, asked.D), y.reshape(G, N, asked.D)
     positives = None
     if ids_x is None:
         positives = pairs.default_positives(G, M, x.device)

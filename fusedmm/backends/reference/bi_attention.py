@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .co_attention import kept
-from .softmax import dropout_factor, p_from_lse, softmax, upcast
+from .softmax import dropout_factor, full_precision, softmax, upcast
 
 
 def reject(problem) -> list[str]:
@@ -12,6 +12,7 @@ def reject(problem) -> list[str]:
     return []
 
 
+@full_precision
 def fwd(
     qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p, seed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,9 +36,10 @@ def scores(qk_x, qk_y, bias, clamp, scale) -> tuple[Tensor, Tensor | None]:
     if clamp is not None:
         passes = (s >= -clamp) & (s <= clamp)
         s = s.clamp(-clamp, clamp)
-    return (s if bias is None else s + bias), passes
+    return (s if bias is None else s + bias.to(s.dtype)), passes
 
 
+@full_precision
 def bwd(
     do_x, do_y, dlse_x, dlse_y, qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias,
     o_x, o_y, lse_x, lse_y, clamp, scale, dropout_p, seed, needs,
@@ -49,8 +51,8 @@ def bwd(
     s, passes = scores(qk_x, qk_y, bias, clamp, scale)
     f_x = dropout_factor(seed, 0, s.shape, dropout_p, s)
     f_y = dropout_factor(seed, 1, s.shape, dropout_p, s)
-    ds_x, dv_y = _side(s, do_x, o_x, v_y, mask_y, lse_x, dlse_x, f_x)
-    ds_y, dv_x = _side(s.mT, do_y, o_y, v_x, mask_x, lse_y, dlse_y, None if f_y is None else f_y.mT)
+    ds_x, dv_y = _side(s, do_x, o_x, v_y, mask_y, dlse_x, f_x)
+    ds_y, dv_x = _side(s.mT, do_y, o_y, v_x, mask_x, dlse_y, None if f_y is None else f_y.mT)
     ds = ds_x + ds_y.mT  # before the last two products: this is what sharing s saves
     db = None if bias is None else ds.sum_to_size(bias.shape).to(bias.dtype)
     if passes is not None:
@@ -60,11 +62,10 @@ def bwd(
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
-def _side(s, do, o, v, keep, lse, dlse, factor) -> tuple[Tensor, Tensor]:
+def _side(s, do, o, v, keep, dlse, factor) -> tuple[Tensor, Tensor]:
     """ds of one softmax, and dv."""
-    p = p_from_lse(s, lse)  # p = exp(s - lse)
+    p, _ = softmax(s, keep)
     if keep is not None:
-        p = p.masked_fill(~keep[:, None, None, :], 0.0)
         v = v.masked_fill(~keep[:, None, :, None], 0.0)
     dp = do @ v.mT  # o = (p * factor) @ v
     dv = (p if factor is None else p * factor).mT @ do

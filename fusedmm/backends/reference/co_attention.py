@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .softmax import dropout_factor, p_from_lse, softmax, upcast
+from .softmax import dropout_factor, full_precision, softmax, upcast
 
 
 def reject(problem) -> list[str]:
@@ -10,6 +10,7 @@ def reject(problem) -> list[str]:
     return []
 
 
+@full_precision
 def fwd(
     q_x,
     k_x,
@@ -38,7 +39,7 @@ def attend(q, k, v, keep, bias, scale, dropout_p, seed, direction) -> tuple[Tens
     q, k, v = upcast(q, k, v)
     s = scale * q @ k.mT  # [B, H, M, N]
     if bias is not None:
-        s = s + bias
+        s = s + bias.to(s.dtype)
     p, lse = softmax(s, keep)
     factor = dropout_factor(seed, direction, s.shape, dropout_p, s)
     o = kept(p if factor is None else p * factor, v, keep)  # [B, H, M, Dv]
@@ -50,33 +51,32 @@ def kept(p: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
     return p @ (v if keep is None else v.masked_fill(~keep[:, None, :, None], 0.0))
 
 
+@full_precision
 def bwd(
     do_x, do_y, dlse_x, dlse_y, q_x, k_x, v_x, q_y, k_y, v_y, mask_x, mask_y, bias_xy, bias_yx,
     o_x, o_y, lse_x, lse_y, scale_x, scale_y, dropout_p, seed, needs,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of (q_x, k_x, v_x, q_y, k_y, v_y, bias_xy, bias_yx) where `needs`."""
     dq_x, dk_y, dv_y, db_x = attend_bwd(
-        do_x, dlse_x, q_x, k_y, v_y, mask_y, bias_xy, o_x, lse_x, scale_x, dropout_p, seed, 0
+        do_x, dlse_x, q_x, k_y, v_y, mask_y, bias_xy, o_x, scale_x, dropout_p, seed, 0
     )
     dq_y, dk_x, dv_x, db_y = attend_bwd(
-        do_y, dlse_y, q_y, k_x, v_x, mask_x, bias_yx, o_y, lse_y, scale_y, dropout_p, seed, 1
+        do_y, dlse_y, q_y, k_x, v_x, mask_x, bias_yx, o_y, scale_y, dropout_p, seed, 1
     )
     grads = (dq_x, dk_x, dv_x, dq_y, dk_y, dv_y, db_x, db_y)
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
 def attend_bwd(
-    do, dlse, q, k, v, keep, bias, o, lse, scale, dropout_p, seed, direction
+    do, dlse, q, k, v, keep, bias, o, scale, dropout_p, seed, direction
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dbias of one direction."""
     dtype = q.dtype
     do, o, q, k, v = upcast(do, o, q, k, v)
     if keep is not None:
         k, v = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (k, v))
-    s = scale * q @ k.mT if bias is None else scale * q @ k.mT + bias  # [B, H, M, N]
-    p = p_from_lse(s, lse)  # p = exp(s - lse)
-    if keep is not None:
-        p = p.masked_fill(~keep[:, None, None, :], 0.0)
+    s = scale * q @ k.mT  # [B, H, M, N]
+    p, _ = softmax(s if bias is None else s + bias.to(s.dtype), keep)
     factor = dropout_factor(seed, direction, s.shape, dropout_p, s)
     dp = do @ v.mT  # o = (p * factor) @ v
     dv = (p if factor is None else p * factor).mT @ do

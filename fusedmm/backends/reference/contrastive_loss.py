@@ -7,7 +7,7 @@ Positives are kept apart from negatives, so that log1p(neg / pos) stays exact fo
 import torch
 from torch import Tensor
 
-from .softmax import upcast
+from .softmax import full_precision, upcast
 
 NEG_INF = float("-inf")
 
@@ -47,6 +47,7 @@ def matches(
     return pos, out
 
 
+@full_precision
 def fwd(
     x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
 ) -> tuple[Tensor, Tensor]:
@@ -69,6 +70,7 @@ def _stats(s: Tensor, pos: Tensor, out: Tensor) -> Tensor:
     return torch.stack([neg, lse_pos, sum_pos, pos.sum(-1).to(s), total, (~out).sum(-1).to(s)])
 
 
+@full_precision
 def bwd(
     coef_x, coef_y, x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, needs
 ) -> list[Tensor]:

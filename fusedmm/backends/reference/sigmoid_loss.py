@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .contrastive_loss import matches, unit, unit_bwd
+from .softmax import full_precision
 
 
 def reject(problem) -> list[str]:
@@ -12,6 +13,7 @@ def reject(problem) -> list[str]:
     return []
 
 
+@full_precision
 def fwd(x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize) -> Tensor:
     """Row sums of softplus(-z * s), [G, M]; logit_scale [G, M] or [1], logit_bias [1]."""
     scale = logit_scale.view(-1, logit_scale.shape[-1], 1)
@@ -20,6 +22,7 @@ def fwd(x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize) -> Te
     return -logsigmoid(torch.where(pos, s, -s)).sum(-1)
 
 
+@full_precision
 def bwd(
     dloss, x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize, needs
 ) -> list[Tensor]:

@@ -1,0 +1,583 @@
+"""The tests that every op must pass, as classes that the test files of the ops subclass.
+
+OpSuite holds for all four, AttentionSuite and PairLossSuite for two each; `params` are the tables
+that conftest.py turns into parameters.
+"""
+
+from typing import Any, ClassVar
+
+import harness
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fusedmm import testing
+from fusedmm.testing import AttentionShape, Case, PairShape, fused, make_case
+
+NEG_INF = float("-inf")
+NAN = float("nan")
+DTYPES = {str(d).removeprefix("torch."): d for d in testing.DTYPES}
+
+
+class OpSuite:
+    """Needs `op`, `params`, `small` (a shape above one tile would be waste) and `tiny`."""
+
+    op: str
+    small: Any
+    tiny: Any
+    params: ClassVar[dict[str, dict[str, Any]]]
+    # Options with which gradient formulas differ; the first entry serves where one is enough.
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def case(self, shape: Any = None, dtype: torch.dtype = torch.float32, **features: Any) -> Case:
+        """A case of this op, of shape `small` unless given."""
+        return make_case(self.op, shape or self.small, dtype, **{**self.defaults, **features})
+
+    def test_matches_oracle(self, backend, device, shape, dtype):
+        harness.check_oracle(self.case(shape, dtype, device=device), backend)
+
+    def test_matches_oracle_with_features(self, backend, device, features, dtype):
+        features = dict(features)
+        shape = features.pop("shape", self.small)
+        harness.check_oracle(self.case(shape, dtype, device=device, **features), backend)
+
+    def test_gradcheck_reference(self, features):
+        features = {k: v for k, v in features.items() if k not in ("shape", "bias")}
+        features = {"gain": 1.0, **features} if self.op in testing.ATTENTIONS else features
+        harness.check_gradcheck(self.case(self.tiny, torch.float64, **features))
+
+    def test_opcheck(self, backend, device):
+        harness.check_opcheck(self.case(device=device), backend)
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_compiles(self, backend, device, dynamic):
+        harness.check_compiles(self.case(device=device), backend, "aot_eager", dynamic)
+
+    def test_compiles_with_inductor(self, backend, device):
+        harness.check_compiles(self.case(device=device), backend, "inductor", None)
+
+    def test_compiles_once_for_all_sizes(self, backend, device, sizes):
+        torch._dynamo.reset()
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
+        for shape in sizes:
+            case = harness.accepted(self.case(shape, device=device), backend)
+            with torch._dynamo.config.patch(error_on_recompile=shape != sizes[0]):
+                got = testing.values_and_grads(lambda c: compiled(c, backend), case)
+            harness.assert_same(got, harness.run(case, backend))
+
+    def test_exports(self, backend, device):
+        harness.check_export(self.case(device=device), backend)
+
+    def test_meta(self):
+        harness.check_meta(self.case())
+
+    @pytest.mark.parametrize("layout", harness.LAYOUTS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_strided_inputs(self, backend, device, layout, dtype):
+        harness.check_strided(self.case(dtype=dtype, device=device), backend, layout)
+
+    def test_deterministic(self, backend, device, big, dtype):
+        harness.check_deterministic(self.case(big, dtype, device=device), backend)
+
+    def test_threads_agree(self, backend, device, big):
+        harness.check_threads(self.case(big, device=device), backend)
+
+    def test_inputs_untouched(self, backend, device):
+        harness.check_inputs_untouched(self.case(device=device), backend)
+
+    def test_only_wanted_gradients(self, backend, device):
+        harness.check_needs(self.case(device=device), backend)
+
+    def test_double_backward_raises(self, backend, device):
+        harness.check_double_backward(self.case(device=device), backend)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+    def test_autocast(self, backend, device, dtype):
+        harness.check_autocast(self.case(device=device), backend, dtype)
+
+    def test_saved_bytes_are_linear(self, backend, device, doubling):
+        once, twice = (
+            harness.saved_bytes(harness.accepted(self.case(s, device=device), backend), backend)
+            for s in doubling
+        )
+        assert once <= twice <= 2.05 * once + 256
+
+    def test_checkpointing(self, backend, device):
+        case = harness.accepted(self.case(device=device), backend)
+        want = harness.run(case, backend)
+        got = testing.values_and_grads(
+            lambda c: checkpoint(fused, c, backend, use_reentrant=False), case
+        )
+        harness.assert_same(got, want)
+
+
+class AttentionSuite(OpSuite):
+    """What the two attentions share."""
+
+    small = AttentionShape(2, 2, 37, 29, 16, 12)
+    tiny = AttentionShape(2, 1, 5, 4, 3, 2)
+    defaults: ClassVar[dict[str, Any]] = {"return_lse": True, "mask": True}
+    table: ClassVar[dict[str, dict[str, Any]]] = {
+        "shape": testing.ATTENTION_SHAPES,
+        "dtype": DTYPES,
+        "big": {"three_tiles": testing.ATTENTION_SHAPES["three_tiles"]},
+        # All sizes differ, so that none is taken for another's equal.
+        "sizes": {
+            "growing": (
+                AttentionShape(2, 3, 37, 29, 16, 12),
+                AttentionShape(2, 3, 45, 31, 16, 12),
+                AttentionShape(4, 5, 50, 90, 16, 13),
+            )
+        },
+        "doubling": {
+            "long": (AttentionShape(1, 2, 150, 200, 16, 16), AttentionShape(1, 2, 300, 400, 16, 16))
+        },
+    }
+    ragged = AttentionShape(2, 3, 131, 101, 24, 40)
+    features: ClassVar[dict[str, dict[str, Any]]] = {
+        "plain": {"mask": False, "return_lse": False},
+        "lse": {"mask": False},
+        "dead": {"mask": "dead"},
+        "scale": {"scale": 0.37},
+        "negative_scale": {"scale": -0.2},
+        "no_scale": {"scale": 0.0},
+        "spread": {"gain": 20.0},
+        "bias": {"shape": ragged, "bias": (2, 3, 131, 101)},
+        "bias_heads": {"shape": ragged, "bias": (1, 3, 131, 101), "mask": "dead"},
+        "bias_keys": {"shape": ragged, "bias": (2, 1, 1, 101), "mask": False},
+        "bias_queries": {"shape": ragged, "bias": (1, 1, 131, 1)},
+        "bias_one": {"shape": ragged, "bias": (1, 1, 1, 1)},
+    }
+
+    def test_gradcheck_of_bias(self):
+        for bias in ((2, 1, 5, 4), (1, 1, 5, 1), (2, 1, 1, 4)):
+            harness.check_gradcheck(self.case(self.tiny, torch.float64, bias=bias))
+
+    def test_opcheck_with_everything(self, backend, device):
+        case = self.case(bias=(1, 2, 37, 1), mask="dead", dropout_p=0.1, device=device)
+        harness.check_opcheck(case, backend)
+
+    @pytest.mark.parametrize("dead", ["x", "y", "both"])
+    def test_batch_item_without_keys(self, backend, device, dtype, dead):
+        case = self.case(testing.ATTENTION_SHAPES["ragged_all"], dtype, device=device)
+        for side in "xy" if dead == "both" else dead:
+            case.options[f"mask_{side}"][1] = False
+        got = harness.run(harness.accepted(case, backend), backend)
+        for name, t in got.items():
+            keeps_inf = name.startswith("lse")
+            assert (t.isfinite() | (t == NEG_INF) if keeps_inf else t.isfinite()).all(), name
+        for out, side in (("x", "y"), ("y", "x")):  # x looks at y
+            if dead in (side, "both"):
+                assert (got[f"o_{out}"][1] == 0).all()
+                assert (got[f"lse_{out}"][1] == NEG_INF).all()
+                assert (got[f"dv_{side}"][1] == 0).all()
+                assert (got[f"o_{out}"][0] != 0).any()
+        if dead == "both":
+            assert all((t[1] == 0).all() for name, t in got.items() if name[0] == "d")
+
+    @pytest.mark.parametrize(
+        "sizes",
+        [(2, 2, 0, 7), (2, 2, 7, 0), (0, 2, 5, 7), (2, 0, 5, 7), (1, 1, 0, 0)],
+        ids=["M=0", "N=0", "B=0", "H=0", "M=N=0"],
+    )
+    @pytest.mark.parametrize("empty", [{"mask": True}, {}], ids=["masked", "unmasked"])
+    def test_empty(self, backend, device, dtype, sizes, empty):
+        shape = AttentionShape(*sizes, 8, 6)
+        case = make_case(self.op, shape, dtype, device=device, return_lse=True, **empty)
+        got = harness.run(harness.accepted(case, backend), backend)
+        B, H, M, N = sizes
+        assert got["o_x"].shape == (B, H, M, 6) and got["o_y"].shape == (B, H, N, 6)
+        assert got["lse_x"].shape == (B, H, M) and got["lse_y"].shape == (B, H, N)
+        for name, t in got.items():
+            want = NEG_INF if name.startswith("lse") and 0 in sizes else 0.0
+            assert (t == want).all(), name
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    @pytest.mark.parametrize("scale", [None, 1.0], ids=["default_scale", "scale_1"])
+    def test_logits_of_1e4(self, backend, device, dtype, scale):
+        gain = 2500.0 if scale is None else 625.0
+        shape = AttentionShape(2, 2, 133, 261, 16, 24)
+        case = self.case(shape, dtype, device=device, gain=gain, scale=scale, mask="dead")
+        args = list(case.tensors.values())
+        k = args[1] if self.op == "bi_attention" else args[4]
+        s = (args[0].double() @ k.double().mT) * (scale or 0.25)
+        assert 8e3 < s.abs().max() < 2e4
+        harness.check_oracle(case, backend)
+
+    def test_one_key_hides_the_rest(self, backend, device):
+        """A maximum in the first, a middle or the last tile; the others underflow."""
+        shape = AttentionShape(1, 1, 259, 259, 32, 32)
+        case = self.case(shape, device=device, mask=False)
+        for key in (0, 130, 258):
+            tensors = {k: t.clone() for k, t in case.tensors.items()}
+            for name, t in tensors.items():
+                if name[0] != "v":
+                    t[..., key, :] = 60.0
+            got = harness.run(harness.accepted(case.replace(**tensors), backend), backend)
+            assert all(t.isfinite().all() for t in got.values())
+            harness.check_oracle(case.replace(**tensors), backend)
+
+    def test_minus_inf_bias_is_a_mask(self, backend, device, dtype):
+        """Entries of -inf leave the softmax, a row of them is a row without keys."""
+        shape = AttentionShape(1, 2, 131, 101, 16, 12)
+        g = torch.Generator().manual_seed(3)
+        bias = torch.where(torch.rand(1, 2, 131, 101, generator=g) < 0.5, NEG_INF, 0.0)
+        bias[:, :, 5], bias[:, :, :, 7] = NEG_INF, NEG_INF
+        case = self.case(shape, dtype, mask=False, device=device)
+        bias = bias.to(device=device, dtype=dtype)
+        names = {"bias": bias} if self.op == "bi_attention" else {"bias_xy": bias}
+        if self.op == "co_attention":
+            names["bias_yx"] = bias.mT
+        masked = case.replace(**names)
+        harness.accepted(masked, backend)
+        got = harness.run(masked, backend)
+        assert (got["o_x"][:, :, 5] == 0).all() and (got["lse_x"][:, :, 5] == NEG_INF).all()
+        assert (got["o_y"][:, :, 7] == 0).all() and (got["lse_y"][:, :, 7] == NEG_INF).all()
+        assert all(t.isfinite().all() for name, t in got.items() if not name.startswith("lse"))
+        # The same as the huge negative numbers that other libraries take for a mask.
+        low = {k: t.clamp_min(torch.finfo(dtype).min / 2) for k, t in names.items()}
+        want = harness.run(case.replace(**low), "reference")
+        rows = torch.ones(131, dtype=torch.bool)
+        rows[5] = False
+        scale = 8 * testing.TOLERANCE[dtype]
+        torch.testing.assert_close(
+            got["o_x"][:, :, rows], want["o_x"][:, :, rows], atol=scale, rtol=scale
+        )
+
+    def test_bias_of_another_dtype(self, backend, device):
+        """A bias may be finer than the data; outputs keep the dtype of the data, lse is fp32."""
+        case = self.case(dtype=torch.bfloat16, device=device, mask=False)
+        bias = torch.randn(2, 2, 37, 29, device=device)
+        for dtype in (torch.float32, torch.float64, torch.float16):
+            b = bias.to(dtype)
+            names = {"bias": b} if self.op == "bi_attention" else {"bias_xy": b}
+            biased = harness.accepted(case.replace(**names), backend)
+            o_x, o_y, lse_x, lse_y = fused(biased, backend)
+            assert o_x.dtype == o_y.dtype == torch.bfloat16
+            assert lse_x.dtype == lse_y.dtype == torch.float32
+            want = testing.eager(biased.at(torch.float64))
+            torch.testing.assert_close(lse_x.double(), want[2], atol=2e-3, rtol=1e-3)
+            leaf = b.clone().requires_grad_()
+            key = next(iter(names))
+            sum(o.sum() for o in fused(case.replace(**{key: leaf}), backend)[:2]).backward()
+            assert leaf.grad.dtype == dtype
+
+    @pytest.mark.parametrize("bad", [NAN, float("inf"), NEG_INF], ids=["nan", "inf", "-inf"])
+    def test_bad_query_row_stays_in_its_row(self, backend, device, dtype, bad):
+        shape = AttentionShape(2, 2, 131, 101, 16, 12)
+        clean = self.case(shape, dtype, device=device)
+        clean.options["mask_x"][:, 3] = False  # token 3 of x is no key for y
+        name = "qk_x" if self.op == "bi_attention" else "q_x"
+        dirty = clean.tensors[name].clone()
+        dirty[0, 1, 3, 5] = bad
+        want = fused(harness.accepted(clean, backend), backend)
+        got = fused(clean.replace(**{name: dirty}), backend)
+        hit = torch.zeros(2, 2, 131, dtype=torch.bool)
+        hit[0, 1, 3] = True
+        for g, w, rows in zip(got, want, (hit, None, hit, None), strict=True):
+            keep = ~rows if rows is not None else torch.ones(g.shape[:3], dtype=torch.bool)
+            torch.testing.assert_close(g[keep], w[keep], atol=0, rtol=0)
+        assert not got[0][hit].isfinite().all()
+
+    def test_bad_batch_item_stays_in_its_item(self, backend, device, dtype):
+        shape = AttentionShape(3, 2, 131, 101, 16, 12)
+        clean = self.case(shape, dtype, device=device)
+        dirty = clean.replace(**{k: t.clone() for k, t in clean.tensors.items()})
+        for t in dirty.tensors.values():
+            t[1] = NAN
+        want = harness.run(harness.accepted(clean, backend), backend)
+        got = harness.run(dirty, backend)
+        for name, t in got.items():
+            torch.testing.assert_close(t[[0, 2]], want[name][[0, 2]], atol=0, rtol=0)
+            assert not t[1].isfinite().all(), name
+
+    @pytest.mark.parametrize("bad", [NAN, float("inf")], ids=["nan", "inf"])
+    def test_masked_tokens_are_never_read(self, backend, device, dtype, bad):
+        """A padded token's key and value may hold anything: no output or gradient sees them."""
+        shape = AttentionShape(2, 2, 131, 101, 16, 12)
+        clean = self.case(shape, dtype, device=device, mask=True)
+        dirty = {k: t.clone() for k, t in clean.tensors.items()}
+        keys = ("v_x", "v_y") if self.op == "bi_attention" else ("k_x", "v_x", "k_y", "v_y")
+        for name in keys:
+            dirty[name].masked_fill_(~clean.options[f"mask_{name[-1]}"][:, None, :, None], bad)
+        want = harness.run(harness.accepted(clean, backend), backend)
+        got = harness.run(clean.replace(**dirty), backend)
+        for name, t in got.items():
+            assert t.isfinite().all(), name
+            torch.testing.assert_close(t, want[name], atol=0, rtol=0)
+        for name in keys:
+            side = ~clean.options[f"mask_{name[-1]}"][:, None, :, None].expand_as(dirty[name])
+            assert (got[f"d{name}"][side] == 0).all()
+
+    def test_unused_outputs(self, backend, device, unused):
+        """The gradient of each single output, the others left alone."""
+        case = harness.accepted(self.case(device=device), backend).leaves()
+        exact = case.at(torch.float64).leaves()
+        leaves, exact_leaves = list(case.tensors.values()), list(exact.tensors.values())
+        got = torch.autograd.grad(
+            fused(case, backend)[unused].square().sum(), leaves, allow_unused=True
+        )
+        want = torch.autograd.grad(
+            testing.eager(exact)[unused].square().sum(), exact_leaves, allow_unused=True
+        )
+        for name, g, w in zip(case.tensors, got, want, strict=True):
+            w = torch.zeros_like(g, dtype=torch.float64) if w is None else w
+            g = torch.zeros_like(w) if g is None else g
+            torch.testing.assert_close(g.double(), w, atol=2e-5, rtol=1e-4, msg=name)
+
+    def test_lse_is_fp32_of_16_bit_inputs(self, backend, device):
+        """Accumulation in fp32: lse of 16-bit inputs is as exact as of the same numbers in fp32."""
+        for dtype in (torch.float16, torch.bfloat16):
+            case = self.case(testing.ATTENTION_SHAPES["three_tiles"], dtype, gain=4.0, device=device)
+            got = fused(harness.accepted(case, backend), backend)
+            want = testing.eager(case.at(torch.float64))
+            for g, w in zip(got[2:], want[2:], strict=True):
+                assert g.dtype == torch.float32
+                torch.testing.assert_close(g.double(), w, atol=2e-5, rtol=2e-6)
+
+    # Dropout. With equal scores and v = identity, o shows the mask itself.
+
+    def _identity(self, dtype: torch.dtype, device: str, p: float) -> Case:
+        M, N = 150, 200
+        case = make_case(self.op, AttentionShape(2, 2, M, N, 8, 8), dtype, device=device)
+        zeros = {k: torch.zeros_like(t) for k, t in case.tensors.items()}
+        for side, size in (("x", M), ("y", N)):
+            zeros[f"v_{side}"] = torch.eye(size, dtype=dtype, device=device).expand(2, 2, -1, -1)
+        return Case(self.op, zeros, {"dropout_p": p}, dtype)
+
+    def _masks(self, backend: str, device: str, p: float, seed: int = 5) -> tuple[Tensor, Tensor]:
+        """What is kept, [B, H, M, N] and [B, H, N, M]."""
+        case = harness.accepted(self._identity(torch.float32, device, p), backend)
+        torch.manual_seed(seed)
+        o_x, o_y = fused(case, backend)
+        for o in (o_x, o_y):
+            kept = o[o != 0] * o.shape[-1]
+            if p < 1.0:
+                torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)))
+        return o_x != 0, o_y != 0
+
+    @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+    def test_dropout_statistics(self, backend, device, p):
+        for kept in self._masks(backend, device, p):
+            n = kept.numel()
+            tolerance = 5 * (p * (1 - p) / n) ** 0.5
+            assert abs(kept.double().mean().item() - (1 - p)) < tolerance
+            for dim in (-1, -2):  # no row, column or lag stands out
+                lines = kept.double().mean(dim)
+                assert lines.var().item() < 2 * p * (1 - p) / kept.shape[dim]
+                a, b = kept.double().roll(1, dim), kept.double()
+                lag = (a * b).mean().item() - (1 - p) ** 2
+                assert abs(lag) < 6 * tolerance
+        x, y = self._masks(backend, device, p)
+        assert not torch.equal(x, y.mT), "directions drop independently"
+        assert not torch.equal(x[0], x[1]) and not torch.equal(x[:, 0], x[:, 1])
+
+    def test_dropout_mask_is_the_same_on_every_backend(self, backend, device):
+        want = self._masks("reference", "cpu", 0.3)
+        got = self._masks(backend, device, 0.3)
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g.cpu(), w)
+        assert not torch.equal(self._masks(backend, device, 0.3, seed=6)[0].cpu(), want[0])
+
+    def test_dropout_mask_is_the_same_in_backward(self, backend, device):
+        case = harness.accepted(self._identity(torch.float32, device, 0.4), backend).leaves()
+        o_x, o_y = fused(case, backend)
+        torch.manual_seed(99)  # the backward must not draw again
+        # dv_y[n, d] = sum_m p[m, n] do[m, d]: with do a slice of the identity, p itself.
+        do_x = torch.zeros_like(o_x)
+        rows = min(o_x.shape[2], o_x.shape[3])
+        do_x[..., :rows, :rows] = torch.eye(rows, device=device)
+        do_y = torch.zeros_like(o_y)
+        do_y[..., :rows, :rows] = torch.eye(rows, device=device)
+        dv_x, dv_y = torch.autograd.grad(
+            [o_x, o_y], [case.tensors["v_x"], case.tensors["v_y"]], [do_x, do_y]
+        )
+        torch.testing.assert_close(dv_y[..., :, :rows], o_x[..., :rows, :].mT)
+        torch.testing.assert_close(dv_x[..., :, :rows], o_y[..., :rows, :].mT)
+
+    def test_dropout_matches_reference(self, backend, device, dtype):
+        """Values and gradients under dropout against the reference in fp64, of the same seed."""
+        shape = AttentionShape(2, 2, 131, 101, 24, 20)
+        case = self.case(shape, dtype, device=device, dropout_p=0.25, mask="dead")
+        harness.accepted(case, backend)
+        results = []
+        for c, name in ((case.at(torch.float64), "reference"), (case, "reference"), (case, backend)):
+            torch.manual_seed(11)
+            results.append(harness.run(c, name))
+        want, base, got = results
+        for name, exact in want.items():
+            limit = testing.bound(name, base[name], exact, case)
+            limit = max(limit, 3 * testing.TOLERANCE[dtype] * exact[exact.isfinite()].abs().max())
+            assert testing.max_error(got[name], exact) <= limit, name
+
+    def test_gradcheck_dropout(self):
+        case = self.case(self.tiny, torch.float64, dropout_p=0.4, mask=False).leaves()
+        names = list(case.tensors)
+
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            torch.manual_seed(3)
+            return fused(case.replace(**dict(zip(names, tensors, strict=True))), "reference")
+
+        assert torch.autograd.gradcheck(function, tuple(case.tensors.values()), atol=1e-7)
+
+    def test_dropout_ends(self, backend, device):
+        """p = 1 drops everything without NaN; p = 0 leaves torch's generator alone."""
+        case = self.case(device=device, dropout_p=1.0)
+        got = harness.run(harness.accepted(case, backend), backend)
+        assert (got["o_x"] == 0).all() and (got["o_y"] == 0).all()
+        assert all(t.isfinite().all() for t in got.values())
+        plain = self.case(device=device)
+        harness.assert_same(
+            {"lse": got["lse_x"]}, {"lse": fused(plain, backend)[2]}
+        )  # lse is that of the undropped scores
+        state = torch.get_rng_state()
+        fused(self.case(device=device, dropout_p=0.0), backend)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_dropout_under_checkpoint_and_compile(self, backend, device):
+        case = harness.accepted(self.case(device=device, dropout_p=0.5), backend)
+        torch.manual_seed(1)
+        want = harness.run(case, backend)
+        torch.manual_seed(1)
+        got = testing.values_and_grads(
+            lambda c: checkpoint(fused, c, backend, use_reentrant=False), case
+        )
+        harness.assert_same(got, want)
+        torch._dynamo.reset()
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(1)
+        got = testing.values_and_grads(lambda c: compiled(c, backend), case)
+        harness.assert_same(got, want)
+        torch.manual_seed(2)
+        again = testing.values_and_grads(lambda c: compiled(c, backend), case)
+        assert not torch.equal(again["o_x"], got["o_x"]), "the seed must not be baked in"
+
+
+class PairLossSuite(OpSuite):
+    """What the two losses share."""
+
+    small = PairShape(37, 37, 19, (2,))
+    tiny = PairShape(4, 4, 3, (2,))
+    defaults: ClassVar[dict[str, Any]] = {"reduction": "none"}
+    table: ClassVar[dict[str, dict[str, Any]]] = {
+        "shape": testing.PAIR_SHAPES,
+        "dtype": DTYPES,
+        "big": {"three_tiles": PairShape(301, 301, 64, (2,))},
+        "sizes": {
+            "growing": tuple(PairShape(m, m, d, (g,)) for m, d, g in ((37, 19, 2), (301, 23, 3)))
+        },
+        "doubling": {"long": (PairShape(200, 200, 16), PairShape(400, 400, 16))},
+    }
+    ragged = PairShape(131, 131, 24, (2,))
+    features: ClassVar[dict[str, dict[str, Any]]] = {
+        "mean": {"reduction": "mean", "shape": ragged},
+        "sum": {"reduction": "sum", "shape": ragged},
+        "normalize": {"normalize": True},
+        "normalize_mean": {"normalize": True, "reduction": "mean", "shape": ragged},
+        "row_scale": {"logit_scale": "rows", "shape": ragged},
+        "scale_200": {"logit_scale": 200.0, "shape": ragged},
+        "ids": {"ids": 50, "shape": ragged},
+        "ids_few": {"ids": 3},
+        "ids_mean": {"ids": 50, "shape": ragged, "reduction": "mean", "normalize": True},
+        "ids_rectangular": {"ids": 9, "shape": PairShape(67, 131, 24, (2,))},
+    }
+
+    def test_losses_are_fp32(self, backend, device, dtype):
+        for reduction in ("none", "mean", "sum"):
+            case = self.case(dtype=dtype, device=device, reduction=reduction)
+            got = harness.run(harness.accepted(case, backend), backend)
+            for name, t in got.items():
+                data = name in ("dx", "dy")
+                assert t.dtype == (dtype if data else torch.float32), name
+
+    def test_fp32_accumulation_of_16_bit_inputs(self, backend, device):
+        """Losses of 16-bit inputs are as exact as those of the same numbers in fp32."""
+        for dtype in (torch.float16, torch.bfloat16):
+            shape = testing.PAIR_SHAPES["three_tiles"]
+            case = self.case(shape, dtype, logit_scale=30.0, device=device)
+            got = fused(harness.accepted(case, backend), backend)
+            want = testing.eager(case.at(torch.float64))
+            for g, w in zip(got, want, strict=True):
+                torch.testing.assert_close(g.double(), w, atol=4e-5, rtol=4e-6)
+
+    def test_reductions_agree(self, backend, device):
+        case = harness.accepted(self.case(device=device), backend)
+        rows = fused(case, backend)
+        total = fused(case.replace(reduction="sum"), backend)[0]
+        mean = fused(case.replace(reduction="mean"), backend)[0]
+        both = sum(r.double().sum() for r in rows) / len(rows)
+        torch.testing.assert_close(total.double(), both, rtol=1e-5, atol=0)
+        torch.testing.assert_close(mean.double(), both / rows[0].numel(), rtol=1e-5, atol=0)
+        assert total.shape == mean.shape == ()
+
+    def test_leading_dimensions_are_independent_problems(self, backend, device):
+        case = self.case(PairShape(37, 37, 19, (2, 3)), logit_scale="rows", device=device)
+        got = harness.run(harness.accepted(case, backend), backend)
+        for i in range(2):
+            for j in range(3):
+                one = case.replace(**{k: t[i, j] for k, t in case.tensors.items() if t.dim() > 1})
+                want = fused(one, backend)
+                for g, w in zip(
+                    [t for k, t in got.items() if k.startswith("loss")], want, strict=True
+                ):
+                    torch.testing.assert_close(g[i, j], w, rtol=1e-6, atol=1e-6)
+
+    def test_number_and_tensor_scale_agree(self, backend, device):
+        case = harness.accepted(self.case(device=device), backend)
+        want = fused(case, backend)
+        shapes = [case.tensors["logit_scale"].reshape(s) for s in ((), (1,), (1, 1))]
+        for scale in (10.0, 10, *shapes):
+            for g, w in zip(fused(case.replace(logit_scale=scale), backend), want, strict=True):
+                torch.testing.assert_close(g, w, rtol=0, atol=0)
+        leaf = torch.full((1,), 10.0, dtype=torch.bfloat16, device=device, requires_grad=True)
+        fused(case.replace(logit_scale=leaf), backend)[0].sum().backward()
+        assert leaf.grad.shape == (1,) and leaf.grad.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("shape", [(0, 0, ()), (0, 0, (2,)), (5, 5, (0,))], ids=str)
+    def test_empty(self, backend, device, dtype, shape):
+        M, N, lead = shape
+        for reduction in ("none", "sum", "mean"):
+            case = self.case(PairShape(M, N, 8, lead), dtype, device=device, reduction=reduction)
+            got = harness.run(harness.accepted(case, backend), backend)
+            for name, t in got.items():
+                assert (t == 0).all(), name
+            assert got["dx"].shape == (*lead, M, 8)
+
+    @pytest.mark.parametrize("scale", [200.0, 1e4], ids=str)
+    def test_large_logits(self, backend, device, scale):
+        for fit in (None, 0.1):
+            case = self.case(PairShape(261, 261, 32), logit_scale=scale, fit=fit, device=device)
+            harness.check_oracle(case, backend)
+            got = harness.run(case, backend)
+            assert all(t.isfinite().all() for t in got.values())
+
+    @pytest.mark.parametrize("bad", [NAN, float("inf")], ids=["nan", "inf"])
+    def test_bad_problem_stays_in_its_problem(self, backend, device, dtype, bad):
+        clean = self.case(PairShape(131, 131, 24, (3,)), dtype, logit_scale="rows", device=device)
+        dirty = clean.tensors["x"].clone()
+        dirty[1, 7, 2] = bad
+        want = harness.run(harness.accepted(clean, backend), backend)
+        got = harness.run(clean.replace(x=dirty), backend)
+        for name, t in got.items():
+            if t.dim():
+                torch.testing.assert_close(t[[0, 2]], want[name][[0, 2]], atol=0, rtol=0)
+        assert not got["dy"][1].isfinite().all()
+
+    def test_zero_row_under_normalize(self, backend, device):
+        """A row of zeros has no direction: finite loss, finite gradients, as F.normalize gives."""
+        case = self.case(PairShape(37, 37, 19), normalize=True, device=device)
+        x = case.tensors["x"].clone()
+        x[3] = 0.0
+        zero = case.replace(x=x)
+        got = harness.run(harness.accepted(zero, backend), backend)
+        assert all(t.isfinite().all() for t in got.values())
+        want = testing.truth(zero)
+        for name in got:
+            if name != "dx":
+                assert testing.max_error(got[name], want[name]) < 1e-3, name
+
+    def test_scale_gradient_does_not_cancel(self, backend, device):
+        """The scale's gradient near its optimum, where large terms of both signs meet."""
+        case = self.case(PairShape(301, 301, 64), logit_scale=60.0, fit=0.3, device=device)
+        harness.check_oracle(case.replace(reduction="mean"), backend)
