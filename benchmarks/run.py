@@ -100,8 +100,8 @@ class Cell:
             "threads": self.threads,
         }
 
-    def record(self, chosen: list[peers.Peer], seconds: float) -> dict[str, Any]:
-        """Checks and times every peer; those left out carry their reason."""
+    def record(self, chosen: list[peers.Peer], seconds: float | None) -> dict[str, Any]:
+        """Checks and, with seconds, times every peer; those left out carry their reason."""
         torch.set_num_threads(self.threads)
         torch._dynamo.reset()  # compiled code is made for a number of threads
         calls, skipped = {}, {}
@@ -124,7 +124,7 @@ class Cell:
             data = peer.lay_out(self.case.make(self.dtype))
             calls[peer.name] = measure.steps(run, data, self.mode)
         out = {**self.key(), "group": self.case.group, "shape": str(self.case.shape)}
-        if calls:
+        if calls and seconds is not None:
             extension = importlib.import_module("fusedmm._C")
             bf16 = self.dtype == "bf16"
             before = extension.fma_peak(bf16, self.threads)
@@ -190,7 +190,9 @@ def save(op: str, info: dict, run: dict, records: list[dict], memory: list[dict]
     """Adds a run to the results of its machine."""
     path = RESULTS / slug(info) / f"{op}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    runs = [*kept.get("runs", []), run]
+    runs = kept.get("runs", [])
+    if not runs or runs[-1] != run:  # a run saves after every case
+        runs = [*runs, run]
     for r in (*records, *memory):
         r["run"] = len(runs) - 1
     result = {
@@ -220,41 +222,45 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", type=_names, help="default: all that apply")
     parser.add_argument("--seconds", type=float, default=1.0, help="a peer and case")
     parser.add_argument("--quick", action="store_true", help="a few calls; nothing is saved")
-    parser.add_argument("--what", choices=("time", "memory", "both"), default="both")
+    parser.add_argument("--what", choices=("time", "memory", "both", "check"), default="both")
     return parser.parse_args(argv)
 
 
 def run_op(op: str, args: argparse.Namespace, say) -> None:
     """Measures one op and saves what it measured."""
     chosen = peers.select(op, args.peers)
-    seconds = 0.0 if args.quick else args.seconds
+    seconds = None if args.what == "check" else 0.0 if args.quick else args.seconds
     threads = sorted({int(t) for t in args.threads})
-    records, memory = [], []
+    keep = not args.quick and args.what != "check"
+    run, ratios = describe_run(threads) if keep else {}, []
     for case in cases.select(op, args.cases):
+        records, memory = [], []
         for dtype in args.dtypes:
             for mode in args.modes:
-                if args.what != "memory":
-                    for count in threads:
-                        cell = Cell(case, dtype, mode, count)
-                        records.append(cell.record(chosen, seconds))
-                        say(f"{op} " + cell.describe(records[-1]))
-                if args.what != "time" and not args.quick and case.group != "overhead":
+                for count in threads if args.what != "memory" else ():
+                    cell = Cell(case, dtype, mode, count)
+                    records.append(cell.record(chosen, seconds))
+                    say(f"{op} " + cell.describe(records[-1]))
+                if keep and args.what in ("memory", "both") and case.group != "overhead":
                     memory.append(measure_memory(case, dtype, mode, threads[-1], chosen))
                     say(f"{op} memory {case.name} {dtype} {mode} {memory[-1]['peers']}")
-    if args.quick:
-        return
-    run = {
+        if keep:
+            save(op, machine(), run, records, memory)
+        ratios += [r["ratio"] for r in records if "ratio" in r and r["group"] == "model"]
+    if ratios:
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        say(f"{op}: geometric mean {mean:.2f}, worst {min(ratios):.2f}")
+
+
+def describe_run(threads: list[int]) -> dict[str, Any]:
+    """Commit, command, versions and the machine's ceilings at the start of a run."""
+    return {
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": "python -m benchmarks.run " + " ".join(sys.argv[1:]),
         "peaks": {str(t): peaks(t) for t in threads},
         "versions": _versions(),
     }
-    say(f"{op}: {save(op, machine(), run, records, memory).relative_to(measure.ROOT)}")
-    ratios = [r["ratio"] for r in records if "ratio" in r and r["group"] == "model"]
-    if ratios:
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        say(f"{op}: geometric mean {mean:.2f}, worst {min(ratios):.2f}")
 
 
 def _versions() -> dict[str, str]:
