@@ -306,13 +306,14 @@ def bars(op: str, result: Result, plt) -> None:
         ax.set_xticks(range(len(shown)), [r["case"] for r in shown], rotation=20, ha="right")
         ax.set_xlim(-0.6, len(shown) - 0.2)
         ax.set_title(f"{MODES[mode]}, {dtype}")
+        ax.set_visible(bool(shown))
         ax.set_ylabel("time / ours")
         ax.spines[["top", "right"]].set_visible(False)
     handles = {}
     for ax in axes.flat:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8)
-    figure.suptitle(f"{op}: times slower than ours, {most} threads (number: the best peer)")
+    figure.suptitle(f"{op}: time of each peer over ours, {most} threads (number: the best)")
     figure.savefig(PICTURES / f"{op}-ratio.png", dpi=110)
     plt.close(figure)
 
@@ -383,21 +384,25 @@ def roofline(results: dict[str, Result], plt) -> None:
                 low, high = min([low, *x]), max([high, *x])
             peak = max([peak, *(r["fma_peak"] / 1e9 for r in records)])
         if not peak:
+            ax.set_visible(False)
             continue
-        xs = [low / 2 * (4 * high / low) ** (i / 200) for i in range(201)]
+        ridge = 1e9 * peak / bandwidth if bandwidth else high
+        high = max(2 * high, 4 * ridge)
+        xs = [low / 2 * (2 * high / low) ** (i / 200) for i in range(201)]
         roof = [min(peak, x * bandwidth / 1e9) if bandwidth else peak for x in xs]
         ax.plot(xs, roof, color="black", linewidth=1.5)
         ax.annotate(f"FMA peak {peak:.0f} GFLOP/s", (xs[-1], peak), ha="right", va="bottom")
         if bandwidth:
             text = f"memory {bandwidth / 1e9:.0f} GB/s (copy)"
-            ax.annotate(text, (xs[4], roof[4]), ha="left", va="top", rotation=0, fontsize=8)
+            ax.annotate(text, (xs[8], roof[4]), ha="left", va="top", fontsize=8)
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel("needed FLOP per byte of inputs and outputs")
         ax.set_ylabel("GFLOP/s of needed FLOP")
         ax.set_title(f"{dtype}, 1 thread")
         ax.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=7, loc="lower right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(PICTURES / "roofline.png", dpi=110)
     plt.close(figure)
 
