@@ -17,7 +17,9 @@ FMM_INLINE Vec link(Vec acc, Bf2 a, Vec b) { return dot(acc, a, b); }
 // `rounds` products on each chain; the sum depends on all of them.
 template <class U>
 float chains(U a, Vec b, int64_t rounds) {
-  Vec acc[kChains] = {};
+  Vec acc[kChains];
+  for (int c = 0; c < kChains; ++c)
+    acc[c] = splat(static_cast<float>(c));  // equal ones would merge
   for (int64_t r = 0; r < rounds; ++r) {
 #pragma GCC unroll 24
     for (int c = 0; c < kChains; ++c) acc[c] = link(acc[c], a, b);
