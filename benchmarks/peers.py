@@ -245,8 +245,8 @@ PEERS = (
 def select(op: str, names: list[str] | None) -> list[Peer]:
     """Peers of an op by name, ours first; default all."""
     peers = [p for p in PEERS if op in p.ops]
-    known = [p.name for p in peers]
+    known = {p.name for p in PEERS}
     for name in names or ():
         if name not in known:
-            raise ValueError(f"peers: expected some of {known}, got {name!r}")
+            raise ValueError(f"peers: expected some of {sorted(known)}, got {name!r}")
     return [p for p in peers if names is None or p.name in names or p.name == "ours"]
