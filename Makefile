@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint clean bench sanitize build
+.PHONY: run test test-gpu lint clean bench sanitize build
 
 run: build
 	$(PY) -m fusedmm run
@@ -18,6 +18,10 @@ bench: build
 
 test: lint
 	$(PY) -m pytest -q -m "not gpu"
+
+# The tests marked gpu: on a real GPU if there is one, else on the virtual one, as sm_80 and sm_90.
+test-gpu: build
+	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS)
 
 lint: build
 	$(VENV)/bin/ruff check .

@@ -147,7 +147,9 @@ def eager(case: Case) -> tuple[Tensor, ...]:
 def output_names(case: Case) -> tuple[str, ...]:
     """Names of what `fused` and `eager` return."""
     if case.op in ATTENTIONS:
-        return ("o_x", "o_y", "lse_x", "lse_y") if case.options.get("return_lse") else ("o_x", "o_y")
+        return (
+            ("o_x", "o_y", "lse_x", "lse_y") if case.options.get("return_lse") else ("o_x", "o_y")
+        )
     if case.op == "contrastive_loss" and case.options.get("reduction") == "none":
         return ("loss_x", "loss_y")
     return ("loss",)

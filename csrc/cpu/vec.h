@@ -32,7 +32,6 @@ typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr double kLn2 = 0.6931471805599453;
 
 // Two bf16 that stand next to each other along the contraction: the unit of vdpbf16ps.
 struct Bf2 {

@@ -1,7 +1,7 @@
 """Arithmetic on the O(M + N) statistics of a pair loss: loss per row, backward coefficients, mean.
 
 A statistic holds, per row, [lse of negatives, lse of positives, sum of positive s, number of
-positives, sum of all s, number of all]; blocks of columns merge by `merge`.
+positives, sum of all s, number of all] in fp64; blocks of columns merge by `merge`.
 """
 
 import torch
@@ -37,8 +37,9 @@ def coefficients(stats: Tensor, dloss: Tensor, label_smoothing: float) -> Tensor
     there is one positive, p - target is taken as target's complement, without cancellation.
     """
     neg, pos, _, n_pos, _, n_all = stats
-    lse = torch.logaddexp(neg, pos)
     weight = torch.where(n_pos > 0.0, dloss, 0.0)
+    # Rows without weight get p = 0, so that no kernel multiplies 0 by an overflowed exp.
+    lse = torch.where(weight == 0.0, float("inf"), torch.logaddexp(neg, pos))
     target = (1.0 - label_smoothing) / n_pos.clamp_min(1.0)
     uniform = label_smoothing / n_all.clamp_min(1.0)
     single = torch.where(n_pos == 1.0, label_smoothing - torch.exp(neg - lse), 2.0)

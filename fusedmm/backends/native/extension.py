@@ -24,3 +24,13 @@ def reject(problem) -> list[str]:
     if problem.dtype not in _DTYPES:
         return [f"{problem.dtype} not in float32, float16, bfloat16"]
     return []
+
+
+def isa() -> str:
+    """The CPU instruction set in use: avx512bf16, avx512, avx2 or baseline."""
+    return _C.cpu_isa()
+
+
+def isas() -> list[str]:
+    """The CPU instruction sets this machine can run, best first."""
+    return _C.cpu_isas()

@@ -1,0 +1,136 @@
+"""Recipe `clip`: contrastive pre-training on OpenMoji drawings and names, and retrieval figures.
+
+Each step: a batch of drawings, one varied name and one varied picture each; equal names are
+matches. Left out: zero-shot classification.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fusedmm.models import CLIP, CLIPConfig, Tokenizer
+from fusedmm.train.config import LoopConfig
+from fusedmm.train.data import OpenMoji
+from fusedmm.train.evaluate import Retrieval, in_batches, retrieval
+from fusedmm.train.loop import autocast, device
+from fusedmm.train.sampling import Sampler, augment, may_flip, own_colour, step_seed, vary_caption
+
+
+@dataclass(frozen=True)
+class ClipRecipe:
+    """Everything that decides the numbers of this recipe."""
+
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=700))
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    limit: int | None = None
+    variant_power: float = 0.7
+    variant_group: int = 1
+    word_drop: float = 0.15
+
+
+def train_tokenizer(data: OpenMoji, config: CLIPConfig) -> Tokenizer:
+    """Byte-level BPE over all names of the training drawings."""
+    names = [name for i in data.indices("train") for name in data.drawings[i].names]
+    return Tokenizer.train(names, vocab_size=config.vocab_size, length=config.context_length)
+
+
+def build_clip(recipe: ClipRecipe, tokenizer: Tokenizer, backend: str | None = None) -> CLIP:
+    """The model with the initial weights of the recipe's seed."""
+    torch.manual_seed(step_seed(recipe.loop.seed, 0, stream=2))
+    config = replace(recipe.model, vocab_size=tokenizer.vocab_size)
+    return CLIP(config, loss_backend=backend).to(device())
+
+
+class ClipTask:
+    """The loss of a step as a function of its number."""
+
+    def __init__(
+        self,
+        recipe: ClipRecipe,
+        data: OpenMoji,
+        tokenizer: Tokenizer,
+        backend: str | None = None,
+    ) -> None:
+        self.recipe, self.data, self.tokenizer = recipe, data, tokenizer
+        self.model = build_clip(recipe, tokenizer, backend)
+        self.train_rows = torch.tensor(data.indices("train"))
+        self.sampler = Sampler(
+            [data.drawings[i].base for i in self.train_rows],
+            recipe.loop.batch_size,
+            seed=recipe.loop.seed,
+            power=recipe.variant_power,
+            group=recipe.variant_group,
+        )
+        self.flips = torch.tensor([may_flip(d) for d in data.drawings])
+        self.colours = [
+            None if "skin tone" in d.caption or "flag" in d.caption else own_colour(image)
+            for d, image in zip(data.drawings, data.images, strict=True)
+        ]
+        self._ids: dict[str, int] = {}
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures [B, 3, S, S], tokens [B, L] and the id of each name [B], on the device."""
+        rows = self.train_rows[self.sampler.rows(step)]
+        seed = step_seed(self.recipe.loop.seed, step, stream=3)
+        generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+        images = augment(self.data.pixels(rows), self.flips[rows], generator)
+        texts = [
+            vary_caption(
+                self.data.drawings[i], rng, drop=self.recipe.word_drop, colour=self.colours[i]
+            )
+            for i in rows.tolist()
+        ]
+        ids = torch.tensor([self._ids.setdefault(t, len(self._ids)) for t in texts])
+        place = device()
+        return images.to(place), self.tokenizer.encode(texts).to(place), ids.to(place)
+
+    def loss(self, step: int) -> dict[str, Tensor]:
+        """Symmetric InfoNCE of this step's batch; also the temperature's multiplier."""
+        loss = self.model.loss(*self.batch(step))
+        return {"loss": loss, "logit_scale": self.model.logit_scale.exp()}
+
+
+@torch.no_grad()
+def embed(
+    model: CLIP, tokenizer: Tokenizer, data: OpenMoji, rows: list[int], precision: str
+) -> tuple[Tensor, Tensor]:
+    """Unit embeddings of drawings and their captions, [len(rows), embed_dim] each, on the CPU."""
+    model.eval()
+    place = device()
+    tokens = tokenizer.encode([data.drawings[i].caption for i in rows])
+    with autocast(precision):
+        images = in_batches(
+            lambda part: model.encode_image(data.pixels(part).to(place)), torch.tensor(rows)
+        )
+        texts = in_batches(lambda part: model.encode_text(part.to(place)), tokens)
+    return (
+        torch.nn.functional.normalize(images, dim=-1),
+        torch.nn.functional.normalize(texts, dim=-1),
+    )
+
+
+def one_per_base(data: OpenMoji, rows: list[int]) -> list[int]:
+    """The first drawing of each base: the split without tone and gender variants."""
+    seen: dict[str, int] = {}
+    for i in sorted(rows, key=lambda i: (len(data.drawings[i].emoji), i)):
+        seen.setdefault(data.drawings[i].base, i)
+    return sorted(seen.values())
+
+
+def evaluate_clip(
+    model: CLIP, tokenizer: Tokenizer, data: OpenMoji, split: str, precision: str
+) -> dict[str, Retrieval]:
+    """Retrieval both ways over a split, and over one drawing per base of it (the harder words)."""
+    out = {}
+    rows = data.indices(split)
+    images, texts = embed(model, tokenizer, data, rows, precision)
+    place = {row: i for i, row in enumerate(rows)}
+    for name, part in (("all", rows), ("bases", one_per_base(data, rows))):
+        at = torch.tensor([place[i] for i in part])
+        out[f"text_to_image/{name}"] = retrieval(texts[at], images[at])
+        out[f"image_to_text/{name}"] = retrieval(images[at], texts[at])
+    return out

@@ -1,0 +1,143 @@
+"""What each sub-command of `python -m fusedmm` does with its parsed arguments.
+
+Recipe settings become flags here (`--loop.steps 100`). Left out: parsing itself, which
+fusedmm.__main__ does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.text import Text
+
+from fusedmm.models import CLIP, load
+from fusedmm.train import console
+from fusedmm.train.clip import ClipRecipe, evaluate_clip
+from fusedmm.train.config import add_flags, flags_to_dict, from_dict
+from fusedmm.train.data import ATTRIBUTION, OpenMoji
+from fusedmm.train.job import Job, run, show_matching, show_retrieval
+from fusedmm.train.loop import Interrupted, device
+from fusedmm.train.recipes import load_data, run_clip, run_vilbert
+from fusedmm.train.search import search
+from fusedmm.train.vilbert import ViLBERTRecipe, evaluate_vilbert
+
+CLASSES = {"clip": ClipRecipe, "vilbert": ViLBERTRecipe}
+
+
+def fail(error: object) -> None:
+    """Say why a command ended early."""
+    console.console.print(Text(f"fusedmm: {error}", style="red"))
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Give the sub-parser in use the settings of its recipe as flags."""
+    choices = parser._subparsers._group_actions[0].choices  # argparse has no public way to them
+    if argv[:1] == ["run"]:
+        add_flags(choices["run"], Job)
+    elif argv[:1] == ["train"]:
+        recipe = next((a for a in argv[1:] if a in CLASSES), None)
+        if recipe is not None:
+            add_flags(choices["train"], CLASSES[recipe])
+
+
+def _stopped(error: Interrupted) -> int:
+    fail(f"{error}; the same command goes on from there")
+    return 130
+
+
+def do_run(args: argparse.Namespace) -> int:
+    """The main job."""
+    console.configure_logging()
+    job = from_dict(Job, flags_to_dict(args, Job))
+    try:
+        run(job, root=args.runs, name=args.name, cache_dir=args.cache, fresh=args.fresh)
+    except Interrupted as error:
+        return _stopped(error)
+    return 0
+
+
+def do_train(args: argparse.Namespace) -> int:
+    """One recipe."""
+    console.configure_logging()
+    cls = CLASSES[args.recipe]
+    recipe = from_dict(cls, flags_to_dict(args, cls))
+    folder = args.runs / (args.name or args.recipe)
+    try:
+        if args.recipe == "clip":
+            data = load_data(args.cache, recipe.limit, recipe.model.image_size)
+            show_retrieval(run_clip(recipe, data, folder, fresh=args.fresh)["retrieval"])
+        else:
+            clip_dir = args.clip or args.runs / "clip"
+            data = load_data(args.cache, recipe.limit, load(clip_dir).model.config.image_size)
+            metrics = run_vilbert(recipe, data, clip_dir, folder, fresh=args.fresh)
+            show_matching(metrics["matching"])
+    except Interrupted as error:
+        return _stopped(error)
+    console.say(f"model: {folder}")
+    return 0
+
+
+def _data_of(recipe: dict, size: int, cache: Path) -> OpenMoji:
+    return load_data(cache, recipe.get("limit"), size)
+
+
+def do_eval(args: argparse.Namespace) -> int:
+    """The figures of a trained model on a split."""
+    console.configure_logging()
+    folder = args.folder or args.runs / "openmoji" / "clip"
+    model, tokenizer, config = load(folder)
+    model.to(device())
+    precision = config["recipe"]["loop"]["precision"]
+    if isinstance(model, CLIP):
+        data = _data_of(config["recipe"], model.config.image_size, args.cache)
+        figures = evaluate_clip(model, tokenizer, data, args.split, precision)
+        show_retrieval({name: r.as_dict() for name, r in figures.items()})
+        return 0
+    clip = load(args.clip or folder.parent / "clip").model.to(device())
+    data = _data_of(config["recipe"], clip.config.image_size, args.cache)
+    show_matching(evaluate_vilbert(model, clip, tokenizer, data, args.split, precision))
+    return 0
+
+
+def do_search(args: argparse.Namespace) -> int:
+    """The drawings that fit the words best, as a table and, on a colour terminal, as pictures."""
+    console.configure_logging()
+    folder = args.folder or args.runs / "openmoji" / "clip"
+    model, _, config = load(folder)
+    if not isinstance(model, CLIP):
+        raise ValueError(f"search: {folder}: expected a clip model, got {config['model']!r}")
+    data = _data_of(config["recipe"], model.config.image_size, args.cache)
+    hits = search(folder, " ".join(args.text), data, count=args.count)
+    rows = [
+        (hit.drawing.emoji, hit.drawing.caption, hit.drawing.split, f"{hit.score:.3f}")
+        for hit in hits
+    ]
+    console.table(" ".join(args.text), ("", "drawing", "split", "cosine"), rows)
+    if console.console.color_system in ("truecolor", "256"):
+        for line in thumbnails(data, [hit.row for hit in hits[:5]]):
+            console.console.print(line)
+    console.say(f"drawings: {ATTRIBUTION}")
+    return 0
+
+
+def thumbnails(data: OpenMoji, rows: Sequence[int], *, side: int = 20) -> list[Text]:
+    """Drawings side by side as lines of half blocks, two pixels a character."""
+    pixels = data.pixels(list(rows))
+    small = pixels.unfold(2, pixels.shape[2] // side, pixels.shape[2] // side)
+    small = small.unfold(3, pixels.shape[3] // side, pixels.shape[3] // side).mean(dim=(-1, -2))
+    small = (small[:, :, :side, :side] * 255).round().int()
+    lines = []
+    for y in range(0, small.shape[2] - 1, 2):
+        line = Text()
+        for picture in small:
+            for x in range(small.shape[3]):
+                top, bottom = picture[:, y, x].tolist(), picture[:, y + 1, x].tolist()
+                style = (
+                    f"rgb({top[0]},{top[1]},{top[2]}) on rgb({bottom[0]},{bottom[1]},{bottom[2]})"
+                )
+                line.append("\N{UPPER HALF BLOCK}", style=style)
+            line.append("  ")
+        lines.append(line)
+    return lines
