@@ -23,9 +23,10 @@ from fusedmm import testing
 from . import cases, peers
 
 ROOT = Path(__file__).parents[1]
-# A peer computes in its own way; only ours is held to the bound of the tests.
-PEER_SLACK = 8.0
+# Only ours is held to the bound of the tests; a peer that rounds more often is still timed.
+PEER_SLACK = 64.0
 MIN_ROUNDS = 3
+LONG = 20.0  # seconds; a round that takes this long is timed once
 
 
 def steps(run: peers.Run, case: testing.Case, mode: str) -> Callable[[], None]:
@@ -95,14 +96,16 @@ def check(run: peers.Run, case: cases.BenchCase, peer: peers.Peer, mode: str, dt
 
 def interleaved(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
     """Times of each call in seconds, taken in turns for about `seconds` a call."""
+    start = time.perf_counter()
     for call in calls.values():
         call()
+    rounds = MIN_ROUNDS if time.perf_counter() - start < LONG else 1
     times: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()
     try:
         end = time.perf_counter() + seconds * len(calls)
-        while time.perf_counter() < end or len(next(iter(times.values()))) < MIN_ROUNDS:
+        while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
             for name, call in calls.items():
                 start = time.perf_counter()
                 call()
