@@ -9,6 +9,13 @@ STAMP := $(VENV)/.installed
 run: build
 	$(PY) -m fusedmm run
 
+# All ops, or OP=bi_attention; ARGS goes to benchmarks.run (python -m benchmarks.run --help).
+OP ?= all
+bench: build
+	$(PY) -m pip install -q -e ".[bench]" --no-build-isolation
+	$(PY) -m benchmarks.run $(OP) --cases model,overhead,sweep $(ARGS)
+	$(PY) -m benchmarks.report
+
 test: lint
 	$(PY) -m pytest -q -m "not gpu"
 
