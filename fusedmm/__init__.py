@@ -1,5 +1,6 @@
 """Fused bidirectional co-attention and contrastive losses for PyTorch: the public names."""
 
+from . import nn
 from .dispatch import use_backend
 from .integrations import patch, unpatch
 from .ops.bi_attention import bi_attention
@@ -16,6 +17,7 @@ __all__ = [
     "co_attention",
     "contrastive_loss",
     "dual_softmax_match",
+    "nn",
     "patch",
     "retrieval_ranks",
     "sigmoid_loss",

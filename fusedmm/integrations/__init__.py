@@ -1,4 +1,4 @@
-"""Drop-ins for loaded models of other libraries, which are imported only where a model is theirs."""
+"""Drop-ins for loaded models of other libraries, never imported on their own account."""
 
 from .patch import patch, unpatch
 

@@ -1,7 +1,7 @@
 """patch() and unpatch(): exchanges the classes of a model's attention and loss modules, in place.
 
-A replacement has the parameters, submodules and attributes of what it replaces under the same names,
-so exchanging the class is the whole swap: parameters, hooks, device, optimiser state and the model's
+A replacement has the parameters, submodules and attributes of what it replaces under the same
+names, so exchanging the class is the whole swap: parameters, hooks, device, optimiser state and
 state_dict stay what they are, and it survives deepcopy, pickling and wrapping.
 """
 
@@ -43,8 +43,8 @@ def patch(model: nn.Module) -> dict[str, type[nn.Module]]:
         fusedmm.unpatch(model)
 
     Replaces Transformers' Grounding DINO and MM Grounding DINO fusion attention and LXMERT
-    cross-attention, and open_clip's ClipLoss and SigLipLoss. Attention maps are None where the model
-    reads them from the fusion attention; set `output_attentions = True` on a replaced module.
+    cross-attention, and open_clip's ClipLoss and SigLipLoss. The fusion attention's maps are None
+    until `output_attentions = True` is set on the replaced module.
 
     Args:
         model: any module, a loss too; it may itself be what is replaced.

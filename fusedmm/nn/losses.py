@@ -1,9 +1,10 @@
 """open_clip's losses around `fusedmm.contrastive_loss` and `fusedmm.sigmoid_loss`: same constructor
 and call, no logits in memory. `logit_scale` is the multiplier itself, exp already applied.
 
-With world_size > 1 both run over the default process group. The loss is that of the whole batch, the
-same number on every rank, and gradients averaged over ranks (what DDP does) are those of one process:
-open_clip's with gather_with_grad=True. Its gather_with_grad=False gives 1 / world_size of them.
+With world_size > 1 both run over the default process group. The loss is that of the whole batch,
+the same number on every rank, and gradients averaged over ranks (what DDP does) are those of one
+process: open_clip's with gather_with_grad=True. With False and local_loss=False its gradients of
+the features are 1 / world_size of them.
 """
 
 import torch
