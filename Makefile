@@ -17,7 +17,7 @@ bench: build
 	$(PY) -m benchmarks.report
 
 test: lint
-	$(PY) -m pytest -q -m "not gpu"
+	$(PY) -m pytest -q -n 2 -m "not gpu"
 
 # The tests marked gpu: on a real GPU if there is one, else on the virtual one, as sm_80 and sm_90.
 test-gpu: build
