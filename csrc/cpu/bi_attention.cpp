@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "attention.h"
 #include "columns.h"
 #include "kernels.h"
 #include "schedule.h"
@@ -35,11 +36,6 @@ BiAttentionGrad exchanged(BiAttentionGrad g) {
   std::swap(g.dbias_stride[2], g.dbias_stride[3]);
   return g;
 }
-
-struct TileShape {
-  int64_t b, h, bh, m0, n0;
-  int rows, cols, nv;
-};
 
 // What forward and backward share: sizes, masks, scores of one tile.
 class Tiles {
@@ -298,18 +294,18 @@ template <class U>
 class Backward : Tiles {
  public:
   Backward(const BiAttention& a, const BiAttentionGrad& g, bool swapped, ParallelFor parallel)
-      : Tiles(a, swapped, parallel), g_(g) {
+
+      : Tiles(a, swapped, parallel),
+        g_(g),
+        bias_{g.dbias, g.dbias_stride},
+        group_{a.H, bias_.planes_b(a.B), bias_.planes_h(a.H)} {
     width_ = round_up(a.D, kLanes);
     width_x_ = round_up(a.Dv_x, kLanes);
     width_y_ = round_up(a.Dv_y, kLanes);
     want_ds_ = g.dqk_x || g.dqk_y || g.dbias;
-    each_ = a.N * ((g.dqk_y ? width_ : 0) + (g.dv_y ? width_y_ : 0));
-    // A bias shared by several planes or rows is summed by one task, in order.
-    const bool row_shared = g.dbias && g.dbias_stride[2] == 0;
-    share_b_ = g.dbias && g.dbias_stride[0] == 0 ? a.B : 1;
-    share_h_ = g.dbias && g.dbias_stride[1] == 0 ? a.H : 1;
-    deal_ = row_shared ? chunk_rows(kTasks, a.M, each_ * 4) : chunk_rows(planes_, a.M, each_ * 4);
-    if (row_shared) deal_ = {1, round_up(std::max<int64_t>(a.M, 1), kBlock)};
+    sums_ = {g.dqk_y, g.dv_y, a.qk_x.dtype, a.N, a.D, a.Dv_y, a.scale};
+    deal_ = chunk_rows(planes_, a.M, sums_.size() * 4);
+    if (bias_.rows_shared()) deal_ = {1, round_up(std::max<int64_t>(a.M, 1), kBlock)};
     columns_.init(a, g, want_ds_);
     stay_ = tiles_ * columns_.size() * 4 <= kKeepBytes;
     super_ = super_rows(stay_, 4 * (2 * width_ + 3 * width_x_ + 2 * width_y_));
@@ -317,26 +313,31 @@ class Backward : Tiles {
 
   void run() {
     const bool split = deal_.chunks > 1;
-    float* partial = split ? Arena::shared().take<float>(planes_ * deal_.chunks * each_) : nullptr;
-    const int64_t groups = planes_ / (share_b_ * share_h_);
+    float* partial =
+        split ? Arena::shared().take<float>(planes_ * deal_.chunks * sums_.size()) : nullptr;
+    const int64_t groups = planes_ / group_.size();
     parallel_(groups * deal_.chunks, [&](int64_t begin, int64_t end) {
       Arena& arena = Arena::local();
       Work w;
       make_work(w, arena);
-      float* own = split ? nullptr : arena.take<float>(each_);
+      float* own = split ? nullptr : arena.take<float>(sums_.size());
       for (int64_t t = begin; t < end; ++t) {
         const int64_t group = t / deal_.chunks, chunk = t % deal_.chunks;
-        for (int64_t k = 0; k < share_b_ * share_h_; ++k) {
-          const int64_t bh = plane_of(group, k);
-          float* acc = split ? partial + (bh * deal_.chunks + chunk) * each_ : own;
+        for (int64_t k = 0; k < group_.size(); ++k) {
+          const int64_t bh = group_.plane(group, k);
+          float* acc = split ? partial + (bh * deal_.chunks + chunk) * sums_.size() : own;
           task(w, bh, chunk, acc);
-          if (!split) finish_columns(bh, acc, 0, a_.N);
+          if (!split) sums_.write(acc, bh, 0, a_.N);
         }
       }
     });
     if (!split) return;
     parallel_(planes_ * tiles_, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) merge_columns(partial, t / tiles_, t % tiles_ * kBlock);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t bh = t / tiles_;
+        float* first = partial + bh * deal_.chunks * sums_.size();
+        sums_.merge(first, deal_.chunks, bh, t % tiles_ * kBlock);
+      }
     });
   }
 
@@ -361,13 +362,6 @@ class Backward : Tiles {
     PTile<U> p_row, p_column, ds;
     alignas(64) float column_lse[kBlock], column_low[kBlock], column_delta[kBlock];
   };
-
-  int64_t plane_of(int64_t group, int64_t k) const {
-    const int64_t groups_h = a_.H / share_h_;
-    const int64_t b = group / groups_h * share_b_ + k / share_h_;
-    const int64_t h = group % groups_h * share_h_ + k % share_h_;
-    return b * a_.H + h;
-  }
 
   void make_work(Work& w, Arena& arena) const {
     make_common(w, arena, true);
@@ -444,7 +438,8 @@ class Backward : Tiles {
   void task(Work& w, int64_t bh, int64_t chunk, float* acc) const {
     const int64_t begin = chunk * deal_.chunk_rows;
     const int64_t end = std::min(a_.M, begin + deal_.chunk_rows);
-    std::fill(acc, acc + each_, 0.0f);
+    std::fill(acc, acc + sums_.size(), 0.0f);
+    const DType dtype = a_.qk_x.dtype;
     TileShape t{};
     t.b = bh / a_.H, t.h = bh % a_.H, t.bh = bh;
     const RowSource d_o = rows_of(g_.do_y, t.b, t.h, 0), o = rows_of(g_.o_y, t.b, t.h, 0);
@@ -468,8 +463,8 @@ class Backward : Tiles {
           tile(w, t, r, column, acc);
         }
       }
-      write_rows(g_.dqk_x, w.dq, bh * a_.M + m0, rows, a_.D, width_, a_.scale);
-      write_rows(g_.dv_x, w.dv, bh * a_.M + m0, rows, a_.Dv_x, width_x_, 1.0f);
+      write_rows(g_.dqk_x, dtype, w.dq, bh * a_.M + m0, rows, a_.D, width_, a_.scale);
+      write_rows(g_.dv_x, dtype, w.dv, bh * a_.M + m0, rows, a_.Dv_x, width_x_, 1.0f);
     }
   }
 
@@ -496,8 +491,7 @@ class Backward : Tiles {
       w.transfer.ok ? gradients<false, true>(w, t, r) : gradients<false, false>(w, t, r);
     }
     const int64_t block = r / kBlock;
-    float* dv_y = acc + t.n0 * width_y_;
-    float* dk_y = acc + (g_.dv_y ? a_.N * width_y_ : 0) + t.n0 * width_;
+    float *dv_y = sums_.at_v(acc, t.n0), *dk_y = sums_.at_k(acc, t.n0);
     if (g_.dv_y) {
       times_columns(w.p_row, t.rows, t.cols, w.do_b + block * b_units<U>(kBlock, a_.Dv_y), t.rows,
                     vectors(a_.Dv_y), dv_y, width_y_);
@@ -543,7 +537,7 @@ class Backward : Tiles {
             dq *= load(w.drop_column + row + at);
           }
           Vec ds = p * (dp - row_delta) + q * (dq - load(w.column_delta + at));
-          if (g_.dbias) add_dbias(t, i, v, ds, shared);
+          if (g_.dbias) bias_.add(t, i, v, ds, shared);
           if (w.passed) ds = load(w.passed + row + at) == Vec{} ? Vec{} : ds;
           w.ds.put_rm(i, v, ds);
           if (PTile<U>::kTwo) w.ds.put_tr(i, v, ds);
@@ -558,57 +552,11 @@ class Backward : Tiles {
     }
   }
 
-  // ds of row i, vector v into dbias; where columns share an element, into `shared` until row's
-  // end.
-  FMM_INLINE void add_dbias(const TileShape& t, int i, int v, Vec ds, Vec& shared) const {
-    if (g_.dbias_stride[3] == 0) {
-      shared += ds;  // zero past the end
-      if (v + 1 == t.nv) *dbias_at(t, i) += sum(shared);
-      return;
-    }
-    float* out = dbias_at(t, i);
-    const int end = std::min(t.cols, (v + 1) * kLanes);
-    for (int j = v * kLanes; j < end; ++j) out[j * g_.dbias_stride[3]] += ds[j - v * kLanes];
-  }
-
-  FMM_INLINE float* dbias_at(const TileShape& t, int i) const {
-    return g_.dbias + t.b * g_.dbias_stride[0] + t.h * g_.dbias_stride[1] +
-           (t.m0 + i) * g_.dbias_stride[2] + t.n0 * g_.dbias_stride[3];
-  }
-
-  void write_rows(void* out, const float* acc, int64_t row, int64_t rows, int64_t width, int64_t ld,
-                  float factor) const {
-    if (!out) return;
-    const DType dtype = a_.qk_x.dtype;
-    auto* o = static_cast<char*>(out) + row * width * size_of(dtype);
-    for (int64_t i = 0; i < rows; ++i) {
-      store_row(o + i * width * size_of(dtype), acc + i * ld, dtype, factor, width);
-    }
-  }
-
-  void merge_columns(float* partial, int64_t bh, int64_t n0) const {
-    float* into = partial + bh * deal_.chunks * each_;
-    const int64_t n1 = std::min(a_.N, n0 + kBlock), split = g_.dv_y ? a_.N * width_y_ : 0;
-    for (int64_t k = 1; k < deal_.chunks; ++k) {
-      const float* from = into + k * each_;
-      if (g_.dv_y) {
-        for (int64_t j = n0 * width_y_; j < n1 * width_y_; ++j) into[j] += from[j];
-      }
-      if (g_.dqk_y) {
-        for (int64_t j = split + n0 * width_; j < split + n1 * width_; ++j) into[j] += from[j];
-      }
-    }
-    finish_columns(bh, into, n0, n1);
-  }
-
-  void finish_columns(int64_t bh, const float* acc, int64_t n0, int64_t n1) const {
-    const float* dk = acc + (g_.dv_y ? a_.N * width_y_ : 0);
-    write_rows(g_.dv_y, acc + n0 * width_y_, bh * a_.N + n0, n1 - n0, a_.Dv_y, width_y_, 1.0f);
-    write_rows(g_.dqk_y, dk + n0 * width_, bh * a_.N + n0, n1 - n0, a_.D, width_, a_.scale);
-  }
-
   const BiAttentionGrad& g_;
-  int64_t width_, width_x_, width_y_, each_, super_, share_b_, share_h_;
+  BiasGrad bias_;
+  Group group_;
+  ColumnGrads sums_;
+  int64_t width_, width_x_, width_y_, super_;
   ColumnTile columns_;
   bool stay_, want_ds_;
 };

@@ -4,17 +4,13 @@
 
 #include <algorithm>
 
+#include "attention.h"
 #include "kernels.h"
 #include "schedule.h"
 #include "softmax.h"
 
 namespace fmm::cpu::FMM_ISA {
 namespace {
-
-struct TileShape {
-  int64_t b, h, bh, m0, n0;
-  int rows, cols, nv;
-};
 
 // One direction's sizes and the scores of one tile.
 class Side {
@@ -178,14 +174,14 @@ template <class U>
 class Backward : Side {
  public:
   Backward(const CoAttention& a, const CoAttentionGrad& g, int direction)
-      : Side(a, direction), g_(g.side[direction]) {
+      : Side(a, direction),
+        g_(g.side[direction]),
+        bias_{g_.dbias, g_.dbias_stride},
+        group_{a.H, bias_.planes_b(a.B), bias_.planes_h(a.H)} {
     want_ds_ = g_.dq || g_.dk || g_.dbias;
-    each_ = s_.N * ((g_.dk ? width_ : 0) + (g_.dv ? width_v_ : 0));
-    const bool row_shared = g_.dbias && g_.dbias_stride[2] == 0;
-    share_b_ = g_.dbias && g_.dbias_stride[0] == 0 ? a.B : 1;
-    share_h_ = g_.dbias && g_.dbias_stride[1] == 0 ? a.H : 1;
-    deal_ = chunk_rows(planes_, s_.M, each_ * 4);
-    if (row_shared) deal_ = {1, round_up(std::max<int64_t>(s_.M, 1), kBlock)};
+    sums_ = {g_.dk, g_.dv, s_.q.dtype, s_.N, s_.D, s_.Dv, s_.scale};
+    deal_ = chunk_rows(planes_, s_.M, sums_.size() * 4);
+    if (bias_.rows_shared()) deal_ = {1, round_up(std::max<int64_t>(s_.M, 1), kBlock)};
     kt_ = bt_units<U>(kBlock, s_.D);
     vt_ = want_ds_ ? bt_units<U>(kBlock, s_.Dv) : 0;
     k_ = g_.dq ? b_units<U>(kBlock, s_.D) : 0;
@@ -193,44 +189,34 @@ class Backward : Side {
     super_ = super_rows(stay_, 4 * (3 * width_ + 2 * width_v_));
   }
 
-  int64_t tasks() const { return planes_ / (share_b_ * share_h_) * deal_.chunks; }
+  int64_t tasks() const { return planes_ / group_.size() * deal_.chunks; }
   int64_t merges() const { return deal_.chunks > 1 ? planes_ * tiles_ : 0; }
-  int64_t partial_size() const { return deal_.chunks > 1 ? planes_ * deal_.chunks * each_ : 0; }
+  int64_t partial_size() const {
+    return deal_.chunks > 1 ? planes_ * deal_.chunks * sums_.size() : 0;
+  }
 
   void run(int64_t begin, int64_t end, float* partial) const {
     if (begin >= end) return;
     Arena& arena = Arena::local();
     Work w;
     make_work(w, arena);
-    float* own = partial_size() ? nullptr : arena.take<float>(each_);
+    float* own = partial_size() ? nullptr : arena.take<float>(sums_.size());
     for (int64_t t = begin; t < end; ++t) {
       const int64_t group = t / deal_.chunks, chunk = t % deal_.chunks;
-      for (int64_t k = 0; k < share_b_ * share_h_; ++k) {
-        const int64_t groups_h = a_.H / share_h_;
-        const int64_t b = group / groups_h * share_b_ + k / share_h_;
-        const int64_t bh = b * a_.H + group % groups_h * share_h_ + k % share_h_;
-        float* acc = own ? own : partial + (bh * deal_.chunks + chunk) * each_;
+      for (int64_t k = 0; k < group_.size(); ++k) {
+        const int64_t bh = group_.plane(group, k);
+        float* acc = own ? own : partial + (bh * deal_.chunks + chunk) * sums_.size();
         task(w, bh, chunk, acc);
-        if (own) finish_columns(bh, acc, 0, s_.N);
+        if (own) sums_.write(acc, bh, 0, s_.N);
       }
     }
   }
 
   // Adds the chunks of one column block of one plane in order, and writes it.
   void merge(int64_t index, float* partial) const {
-    const int64_t bh = index / tiles_, n0 = index % tiles_ * kBlock;
-    const int64_t n1 = std::min(s_.N, n0 + kBlock), split = g_.dv ? s_.N * width_v_ : 0;
-    float* into = partial + bh * deal_.chunks * each_;
-    for (int64_t k = 1; k < deal_.chunks; ++k) {
-      const float* from = into + k * each_;
-      if (g_.dv) {
-        for (int64_t j = n0 * width_v_; j < n1 * width_v_; ++j) into[j] += from[j];
-      }
-      if (g_.dk) {
-        for (int64_t j = split + n0 * width_; j < split + n1 * width_; ++j) into[j] += from[j];
-      }
-    }
-    finish_columns(bh, into, n0, n1);
+    const int64_t bh = index / tiles_;
+    float* first = partial + bh * deal_.chunks * sums_.size();
+    sums_.merge(first, deal_.chunks, bh, index % tiles_ * kBlock);
   }
 
  private:
@@ -287,7 +273,7 @@ class Backward : Side {
   void task(Work& w, int64_t bh, int64_t chunk, float* acc) const {
     const int64_t begin = chunk * deal_.chunk_rows;
     const int64_t end = std::min(s_.M, begin + deal_.chunk_rows);
-    std::fill(acc, acc + each_, 0.0f);
+    std::fill(acc, acc + sums_.size(), 0.0f);
     TileShape t{};
     t.b = bh / a_.H, t.h = bh % a_.H, t.bh = bh;
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
@@ -311,7 +297,7 @@ class Backward : Side {
           tile(w, t, r, column, acc);
         }
       }
-      write_rows(g_.dq, w.dq, bh * s_.M + m0, rows, s_.D, width_, s_.scale);
+      write_rows(g_.dq, s_.q.dtype, w.dq, bh * s_.M + m0, rows, s_.D, width_, s_.scale);
     }
   }
 
@@ -325,7 +311,7 @@ class Backward : Side {
     const int64_t block = r / kBlock;
     if (g_.dv) {
       times_columns(w.p, t.rows, t.cols, w.do_b + block * b_units<U>(kBlock, s_.Dv), t.rows,
-                    vectors(s_.Dv), acc + t.n0 * width_v_, width_v_);
+                    vectors(s_.Dv), sums_.at_v(acc, t.n0), width_v_);
     }
     if (g_.dq) {
       times_rows(w.ds, t.rows, t.cols, column + kt_ + vt_, t.cols, vectors(s_.D), w.dq + r * width_,
@@ -333,7 +319,7 @@ class Backward : Side {
     }
     if (g_.dk) {
       times_columns(w.ds, t.rows, t.cols, w.q_b + block * b_units<U>(kBlock, s_.D), t.rows,
-                    vectors(s_.D), acc + (g_.dv ? s_.N * width_v_ : 0) + t.n0 * width_, width_);
+                    vectors(s_.D), sums_.at_k(acc, t.n0), width_);
     }
   }
 
@@ -353,7 +339,7 @@ class Backward : Side {
           Vec dp = load(w.dp + at);
           if (w.drop) dp *= load(w.drop + at);
           const Vec ds = p * (dp - row_delta);
-          if (g_.dbias) add_dbias(t, i, v, ds, shared);
+          if (g_.dbias) bias_.add(t, i, v, ds, shared);
           w.ds.put_rm(i, v, ds);
           if (PTile<U>::kTwo) w.ds.put_tr(i, v, ds);
         }
@@ -363,42 +349,12 @@ class Backward : Side {
     }
   }
 
-  // ds of row i, vector v into dbias; where columns share an element, into `shared` until row's
-  // end.
-  FMM_INLINE void add_dbias(const TileShape& t, int i, int v, Vec ds, Vec& shared) const {
-    if (g_.dbias_stride[3] == 0) {
-      shared += ds;  // zero past the end
-      if (v + 1 == t.nv) *dbias_at(t, i) += sum(shared);
-      return;
-    }
-    float* out = dbias_at(t, i);
-    const int end = std::min(t.cols, (v + 1) * kLanes);
-    for (int j = v * kLanes; j < end; ++j) out[j * g_.dbias_stride[3]] += ds[j - v * kLanes];
-  }
-
-  FMM_INLINE float* dbias_at(const TileShape& t, int i) const {
-    return g_.dbias + t.b * g_.dbias_stride[0] + t.h * g_.dbias_stride[1] +
-           (t.m0 + i) * g_.dbias_stride[2] + t.n0 * g_.dbias_stride[3];
-  }
-
-  void finish_columns(int64_t bh, const float* acc, int64_t n0, int64_t n1) const {
-    const float* dk = acc + (g_.dv ? s_.N * width_v_ : 0);
-    write_rows(g_.dv, acc + n0 * width_v_, bh * s_.N + n0, n1 - n0, s_.Dv, width_v_, 1.0f);
-    write_rows(g_.dk, dk + n0 * width_, bh * s_.N + n0, n1 - n0, s_.D, width_, s_.scale);
-  }
-
-  void write_rows(void* out, const float* acc, int64_t row, int64_t rows, int64_t width, int64_t ld,
-                  float factor) const {
-    if (!out) return;
-    auto* o = static_cast<char*>(out) + row * width * size_of(s_.q.dtype);
-    for (int64_t i = 0; i < rows; ++i) {
-      store_row(o + i * width * size_of(s_.q.dtype), acc + i * ld, s_.q.dtype, factor, width);
-    }
-  }
-
   const AttentionSideGrad& g_;
+  BiasGrad bias_;
+  Group group_;
+  ColumnGrads sums_;
   Chunks deal_;
-  int64_t each_, share_b_, share_h_, kt_, vt_, k_, super_;
+  int64_t kt_, vt_, k_, super_;
   bool stay_, want_ds_;
 };
 
