@@ -14,12 +14,13 @@ struct BiAttention {
   Dropout dropout;
   // Forward's results, contiguous: o_x [B, H, M, Dv_y], o_y [B, H, N, Dv_x] in the input dtype.
   void *o_x, *o_y;
-  float *lse_x, *lse_y;  // natural log
+  double *lse_x, *lse_y;  // natural log
 };
 
 struct BiAttentionGrad {
   Tensor4 do_x, do_y, o_x, o_y;
-  const float *lse_x, *lse_y, *dlse_x, *dlse_y;  // contiguous
+  const double *lse_x, *lse_y;  // contiguous
+  const float *dlse_x, *dlse_y;
   // Gradients, contiguous, nullptr where not needed; dbias fp32 with bias-like strides, zeroed.
   void *dqk_x, *dqk_y, *dv_x, *dv_y;
   float* dbias;

@@ -11,13 +11,14 @@ struct AttentionSide {
   Tensor4 q, k, v, bias;
   KeyMask mask;  // of the keys
   float scale;
-  void* o;     // contiguous [B, H, M, Dv]
-  float* lse;  // contiguous [B, H, M], natural log
+  void* o;      // contiguous [B, H, M, Dv]
+  double* lse;  // contiguous [B, H, M], natural log
 };
 
 struct AttentionSideGrad {
   Tensor4 d_o, o;
-  const float *lse, *dlse;
+  const double* lse;
+  const float* dlse;
   void *dq, *dk, *dv;  // contiguous, nullptr where not needed
   float* dbias;        // fp32 with bias-like strides, zeroed; nullptr where not needed
   int64_t dbias_stride[4];

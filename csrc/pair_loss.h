@@ -15,13 +15,13 @@ struct Indices {
 
 struct PairLoss {
   int64_t G, M, N, D;
-  Tensor4 x, y;         // stride[1] unused
-  const float* scale;   // [G, M] contiguous, or one value
+  Tensor4 x, y;        // stride[1] unused
+  const float* scale;  // [G, M] contiguous, or one value
   bool scale_per_row;
-  Indices positives;    // row i matches column positives[i], if that is in [0, N)
-  Indices ids_x, ids_y; // equal ids match as well
-  bool ignore;          // ... or leave the denominator
-  bool normalize;       // rows to unit length
+  Indices positives;     // row i matches column positives[i], if that is in [0, N)
+  Indices ids_x, ids_y;  // equal ids match as well
+  bool ignore;           // ... or leave the denominator
+  bool normalize;        // rows to unit length
 
   float row_scale(int64_t g, int64_t i) const { return scale[scale_per_row ? g * M + i : 0]; }
 };
@@ -29,13 +29,13 @@ struct PairLoss {
 // [6, G, rows]: lse of negatives, lse of positives, sum of positive s, their number, sum of all s,
 // number of all; natural units.
 struct ContrastiveStats {
-  float *x, *y;
+  double *x, *y;
   bool want_x, want_y;
 };
 
 // coef [5, G, rows]: lse, weight, target, uniform, gradient at a single positive (or 2).
 struct ContrastiveGrad {
-  const float *coef_x, *coef_y;
+  const double *coef_x, *coef_y;
   void *dx, *dy;  // contiguous, nullptr where not needed
   float* dscale;  // [G, M] or nullptr
 };

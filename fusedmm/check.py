@@ -106,6 +106,14 @@ def number(op: str, arg: str, v: object) -> None:
         raise bad(op, arg, "a finite number", v)
 
 
+def integer(op: str, arg: str, v: object, low: int, high: int, partner: str) -> None:
+    """An integer in [low, high]; `partner` dictates the bounds."""
+    if isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {arg}: expected an integer, got {type(v).__name__}")
+    if not low <= v <= high:
+        raise bad(op, arg, f"an integer in [{low}, {high}] to match {partner}", v)
+
+
 def choice(op: str, arg: str, v: object, options: Sequence[str]) -> None:
     """One of a few strings."""
     if v not in options:

@@ -3,6 +3,7 @@ PRIORITY that accepts. Looks at sizes, dtypes and devices, never at data; knows 
 """
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -10,7 +11,14 @@ from . import backends, env
 
 PRIORITY = ("cuda", "triton", "cpu", "reference")
 
-_regions: list[str] = []
+
+class _Region(threading.local):
+    """Names of the regions this thread is in, innermost last; torch.compile traces through it."""
+
+    names: tuple[str, ...] = ()
+
+
+_region = _Region()
 
 
 @contextlib.contextmanager
@@ -25,11 +33,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises: ValueError, unknown name.
     """
     _known("use_backend", name)
-    _regions.append(name)
+    outer = _region.names
+    _region.names = (*outer, name)
     try:
         yield
     finally:
-        _regions.pop()
+        _region.names = outer
 
 
 def _known(op: str, name: object) -> None:
@@ -40,7 +49,9 @@ def _known(op: str, name: object) -> None:
 
 def select(op: str, problem, backend: str | None) -> str:
     """The name of the backend that runs `problem`; a named backend never falls back."""
-    wanted = backend or (_regions[-1] if _regions else env.backend())
+    wanted = backend
+    if wanted is None:
+        wanted = _region.names[-1] if _region.names else env.backend()
     if wanted is not None:
         _known(op, wanted)
         reasons = backends.reject(wanted, op, problem)

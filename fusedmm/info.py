@@ -1,6 +1,7 @@
-"""What is installed and what runs here: versions, instruction set, each backend and why it is off."""
+"""What is installed and runs here: versions, instruction set, each backend and why it is off."""
 
 import platform
+import sys
 
 import torch
 
@@ -30,7 +31,7 @@ def lines() -> list[str]:
 
 
 def state(name: str) -> str:
-    """"on", or why backend `name` cannot run an ordinary call on its own device."""
+    """ "on", or why backend `name` cannot run an ordinary call on its own device."""
     device = "cuda" if name in ("cuda", "triton") else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         return "off: no CUDA device"
@@ -38,3 +39,8 @@ def state(name: str) -> str:
     asked = problem.AttentionProblem("bi_attention", 1, 1, side, side, torch.float32, device)
     reasons = backends.reject(name, "bi_attention", asked)
     return "off: " + "; ".join(reasons) if reasons else "on"
+
+
+def main() -> None:
+    """`python -m fusedmm info`."""
+    sys.stdout.write("\n".join(lines()) + "\n")

@@ -101,14 +101,14 @@ class Case:
     """One call: tensors that can take a gradient in the order of the op's signature, and the rest.
 
     `dtype` is that of the data; `at` gives the same numbers in a higher precision. `floor` is the
-    least magnitude that tolerances refer to, for gradients that are zero by identity.
+    least magnitude that tolerances refer to, for gradients that are zero by identity or underflow.
     """
 
     op: str
     tensors: dict[str, Tensor]
     options: dict[str, Any]
     dtype: torch.dtype
-    floor: float = 0.0
+    floor: float = 1e-6
 
     def at(self, dtype: torch.dtype) -> "Case":
         """The same values in `dtype`."""
@@ -147,7 +147,9 @@ def eager(case: Case) -> tuple[Tensor, ...]:
 def output_names(case: Case) -> tuple[str, ...]:
     """Names of what `fused` and `eager` return."""
     if case.op in ATTENTIONS:
-        return ("o_x", "o_y", "lse_x", "lse_y") if case.options.get("return_lse") else ("o_x", "o_y")
+        return (
+            ("o_x", "o_y", "lse_x", "lse_y") if case.options.get("return_lse") else ("o_x", "o_y")
+        )
     if case.op == "contrastive_loss" and case.options.get("reduction") == "none":
         return ("loss_x", "loss_y")
     return ("loss",)
@@ -208,7 +210,7 @@ def _attention_case(
             tensors["bias"] = t
         else:
             tensors["bias_xy"], tensors["bias_yx"] = t, t.mT.clone()
-    return Case(op, tensors, options, dtype, floor=1.0 if 1 in (M, N) else 0.0)
+    return Case(op, tensors, options, dtype, floor=1.0 if 1 in (M, N) else 1e-6)
 
 
 def _pair_case(
@@ -239,7 +241,7 @@ def _pair_case(
         options["positives"] = torch.rand(*lead, N, generator=g).argsort(-1)[..., :M]
     elif positives == "repeated":
         options["positives"] = torch.randint(max(N // 3, 1), (*lead, M), generator=g)
-    return Case(op, tensors, options, dtype, floor=1.0 if M * N <= 4 else 0.0)
+    return Case(op, tensors, options, dtype, floor=1.0 if M * N <= 4 else 1e-6)
 
 
 def values_and_grads(

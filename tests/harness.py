@@ -42,7 +42,12 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     for name, exact in want.items():
         torch.testing.assert_close(
-            got[name], exact, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+            got[name],
+            exact,
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
@@ -222,9 +227,7 @@ def check_needs(case: Case, backend: str) -> None:
             ends = [(o, w) for o, w in zip(out, weights, strict=True) if o.requires_grad]
             if len(out) == 1 and out[0].dim() == 0:
                 ends = [(out[0], torch.ones_like(out[0]))]
-            (grad,) = torch.autograd.grad(
-                [o for o, _ in ends], leaves[alone], [w for _, w in ends]
-            )
+            (grad,) = torch.autograd.grad([o for o, _ in ends], leaves[alone], [w for _, w in ends])
         assert sum(calls["_bwd"][-2]) == 1, "needs asks for more than one gradient"
         torch.testing.assert_close(grad, want[f"d{alone}"], rtol=1e-5, atol=1e-6, equal_nan=True)
     with recorded(case.op) as calls:
@@ -295,5 +298,5 @@ def check_meta(case: Case) -> None:
     for name, got in zip(output_names(case), out, strict=True):
         assert (got.shape, got.dtype) == (want[name].shape, want[name].dtype), name
     sum(o.sum() for o in out).backward()
-    for name, leaf in meta.tensors.items():
+    for leaf in meta.tensors.values():
         assert leaf.grad.shape == leaf.shape

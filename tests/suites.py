@@ -329,7 +329,9 @@ class AttentionSuite(OpSuite):
     def test_lse_is_fp32_of_16_bit_inputs(self, backend, device):
         """Accumulation in fp32: lse of 16-bit inputs is as exact as of the same numbers in fp32."""
         for dtype in (torch.float16, torch.bfloat16):
-            case = self.case(testing.ATTENTION_SHAPES["three_tiles"], dtype, gain=4.0, device=device)
+            case = self.case(
+                testing.ATTENTION_SHAPES["three_tiles"], dtype, gain=4.0, device=device
+            )
             got = fused(harness.accepted(case, backend), backend)
             want = testing.eager(case.at(torch.float64))
             for g, w in zip(got[2:], want[2:], strict=True):
@@ -402,7 +404,11 @@ class AttentionSuite(OpSuite):
         case = self.case(shape, dtype, device=device, dropout_p=0.25, mask="dead")
         harness.accepted(case, backend)
         results = []
-        for c, name in ((case.at(torch.float64), "reference"), (case, "reference"), (case, backend)):
+        for c, name in (
+            (case.at(torch.float64), "reference"),
+            (case, "reference"),
+            (case, backend),
+        ):
             torch.manual_seed(11)
             results.append(harness.run(c, name))
         want, base, got = results

@@ -67,6 +67,7 @@ inline at::Tensor make_dbias(const at::Tensor& bias, int64_t (&stride)[4]) {
   return sums;
 }
 
+inline at::Tensor contiguous_double(const at::Tensor& t) { return t.to(at::kDouble).contiguous(); }
 inline at::Tensor contiguous_float(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
 
 }  // namespace fmm

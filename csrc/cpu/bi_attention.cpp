@@ -166,9 +166,8 @@ class Forward : Tiles {
       const int64_t rows = std::min(super_, end - m0);
       pack_a(w.q, rows_of(a_.qk_x, t.b, t.h, m0), rows, a_.D);
       for (int64_t r = 0; r < rows; r += kBlock) {
-        pack_b(w.vx + r / kBlock * vx_, w.scratch,
-               rows_of(a_.v_x, t.b, t.h, m0 + r, a_.mask_x), std::min<int64_t>(kBlock, rows - r),
-               a_.Dv_x);
+        pack_b(w.vx + r / kBlock * vx_, w.scratch, rows_of(a_.v_x, t.b, t.h, m0 + r, a_.mask_x),
+               std::min<int64_t>(kBlock, rows - r), a_.Dv_x);
       }
       std::fill(w.reference, w.reference + rows, -kInf);
       std::fill(w.sum, w.sum + rows, 0.0f);
@@ -193,7 +192,7 @@ class Forward : Tiles {
         const int64_t row = bh * a_.M + m0 + i;
         finish_row(static_cast<char*>(a_.o_x) + row * a_.Dv_y * size_of(a_.qk_x.dtype),
                    a_.lse_x + row, w.o + i * width_y_, w.reference[i], w.sum[i], a_.qk_x.dtype,
-                   a_.Dv_y);
+                   a_.Dv_y, rule_.unit);
       }
     }
   }
@@ -206,19 +205,19 @@ class Forward : Tiles {
     const bool masked = !w.mask.full || w.mask.row;
     (masked ? maxima<true> : maxima<false>)(w.s, w.mask, t.rows, t.nv, w.row_top, w.column_top);
     for (int i = 0; i < t.rows; ++i) {
-      raise(w.row_top[i], reference[i], sum[i], o + i * width_y_, width_y_);
+      raise(w.row_top[i], reference[i], sum[i], o + i * width_y_, width_y_, rule_.unit);
     }
     float* acc = c.acc + t.n0 * width_x_;
     for (int j = 0; j < t.cols; ++j) {
       float& ref = c.reference[t.n0 + j];
-      raise(w.column_top[j], ref, c.sum[t.n0 + j], acc + j * width_x_, width_x_);
+      raise(w.column_top[j], ref, c.sum[t.n0 + j], acc + j * width_x_, width_x_, rule_.unit);
       w.column_ref[j] = finite_reference(ref);
     }
     std::fill(w.column_ref + t.cols, w.column_ref + kBlock, kInf);
     if (masked) {
       probabilities<true, false>(w, t, reference, sum);
     } else {
-      w.transfer.prepare(reference, w.column_ref, t.rows, t.cols);
+      w.transfer.prepare(rule_.unit, reference, w.column_ref, t.rows, t.cols);
       w.transfer.ok ? probabilities<false, true>(w, t, reference, sum)
                     : probabilities<false, false>(w, t, reference, sum);
     }
@@ -231,6 +230,7 @@ class Forward : Tiles {
   template <bool kMasked, bool kOneExp>
   void probabilities(Work& w, const TileShape& t, const float* reference, float* sums) const {
     std::fill(w.column_sum, w.column_sum + kBlock, 0.0f);
+    const Vec exponent = splat(rule_.unit.exponent);
     for (int i = 0; i < t.rows; ++i) {
       const float* s = w.s + i * kBlock;
       const bool kept = !kMasked || w.mask.row_kept(i);
@@ -240,11 +240,11 @@ class Forward : Tiles {
       for (int v = 0; v < t.nv; ++v) {
         const int at = v * kLanes;
         const Vec x = load(s + at);
-        Vec p = exp2(x - ref), q;
+        Vec p = exp2((x - ref) * exponent), q;
         if constexpr (kOneExp) {
           q = p * (carry * load(w.transfer.column + at));
         } else {
-          q = kept ? exp2(x - load(w.column_ref + at)) : Vec{};
+          q = kept ? exp2((x - load(w.column_ref + at)) * exponent) : Vec{};
         }
         if constexpr (kMasked) p = select(w.mask.columns(v), p, Vec{});
         total += p;
@@ -267,10 +267,11 @@ class Forward : Tiles {
     for (int64_t k = 1; k < deal_.chunks; ++k) {
       const Columns from = Columns::at(partial + (bh * deal_.chunks + k) * each_, a_.N);
       for (int64_t n = n0; n < n1; ++n) {
-        const float top = from.reference[n] > into.reference[n] ? from.reference[n]
-                                                                : into.reference[n];
-        const float f = exp2(into.reference[n] - finite_reference(top));
-        const float g = exp2(from.reference[n] - finite_reference(top));
+        const float top =
+            from.reference[n] > into.reference[n] ? from.reference[n] : into.reference[n];
+        const float finite = finite_reference(top), e = rule_.unit.exponent;
+        const float f = exp2((into.reference[n] - finite) * e);
+        const float g = exp2((from.reference[n] - finite) * e);
         float *a = into.acc + n * width_x_, *b = from.acc + n * width_x_;
         into.sum[n] = into.sum[n] * f + from.sum[n] * g;
         into.reference[n] = top;
@@ -285,7 +286,7 @@ class Forward : Tiles {
       const int64_t row = bh * a_.N + n;
       finish_row(static_cast<char*>(a_.o_y) + row * a_.Dv_x * size_of(a_.qk_x.dtype),
                  a_.lse_y + row, c.acc + n * width_x_, c.reference[n], c.sum[n], a_.qk_x.dtype,
-                 a_.Dv_x);
+                 a_.Dv_x, rule_.unit);
     }
   }
 
@@ -355,10 +356,10 @@ class Backward : Tiles {
 
   struct Work : Common {
     U *q, *d_o, *v, *q_b, *do_b, *column, *scratch;  // of x: A operands, then B operands
-    float *dq, *dv, *dpr, *dpc, *delta_y, *lse_y, *floats;
-    float *lse_x, *delta_x;
+    float *dq, *dv, *dpr, *dpc, *delta_x, *delta_y, *floats;
+    float *lse_x, *low_x, *lse_y, *low_y;  // in scores, high and low
     PTile<U> p_row, p_column, ds;
-    alignas(64) float column_lse[kBlock], column_delta[kBlock];
+    alignas(64) float column_lse[kBlock], column_low[kBlock], column_delta[kBlock];
   };
 
   int64_t plane_of(int64_t group, int64_t k) const {
@@ -385,8 +386,10 @@ class Backward : Tiles {
     w.dpr = arena.take<float>(kBlock * kBlock);
     w.dpc = arena.take<float>(kBlock * kBlock);
     w.lse_x = arena.take<float>(super_);
+    w.low_x = arena.take<float>(super_);
     w.delta_x = arena.take<float>(super_);
     w.lse_y = arena.take<float>(a_.N);
+    w.low_y = arena.take<float>(a_.N);
     w.delta_y = arena.take<float>(a_.N);
     w.p_row = PTile<U>::make(arena, false, true);
     w.p_column = PTile<U>::make(arena, true, false);
@@ -430,7 +433,8 @@ class Backward : Tiles {
     const RowSource o = rows_of(g_.o_x, t.b, t.h, m0);
     const int64_t row = t.bh * a_.M + m0;
     for (int64_t i = 0; i < rows; ++i) {
-      w.lse_x[i] = base2_lse(g_.lse_x[row + i]);
+      const Lse2 lse = split_lse(g_.lse_x[row + i], rule_.unit);
+      w.lse_x[i] = lse.high, w.low_x[i] = lse.low;
       w.delta_x[i] = row_delta(d_o, o, g_.dlse_x + row, i, a_.Dv_y, w.floats);
     }
     std::fill(w.dq, w.dq + rows * width_, 0.0f);
@@ -445,7 +449,8 @@ class Backward : Tiles {
     t.b = bh / a_.H, t.h = bh % a_.H, t.bh = bh;
     const RowSource d_o = rows_of(g_.do_y, t.b, t.h, 0), o = rows_of(g_.o_y, t.b, t.h, 0);
     for (int64_t n = 0; n < a_.N; ++n) {
-      w.lse_y[n] = base2_lse(g_.lse_y[bh * a_.N + n]);
+      const Lse2 lse = split_lse(g_.lse_y[bh * a_.N + n], rule_.unit);
+      w.lse_y[n] = lse.high, w.low_y[n] = lse.low;
       w.delta_y[n] = row_delta(d_o, o, g_.dlse_y + bh * a_.N, n, a_.Dv_x, w.floats);
     }
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
@@ -479,15 +484,16 @@ class Backward : Tiles {
     prepare_tile(w, t);
     std::copy(w.lse_y + t.n0, w.lse_y + t.n0 + t.cols, w.column_lse);
     std::fill(w.column_lse + t.cols, w.column_lse + kBlock, kInf);
+    std::copy(w.low_y + t.n0, w.low_y + t.n0 + t.cols, w.column_low);
+    std::fill(w.column_low + t.cols, w.column_low + kBlock, 0.0f);
     std::copy(w.delta_y + t.n0, w.delta_y + t.n0 + t.cols, w.column_delta);
     std::fill(w.column_delta + t.cols, w.column_delta + kBlock, 0.0f);
-    const float *lse = w.lse_x + r, *delta = w.delta_x + r;
     if (!w.mask.full || w.mask.row) {
-      gradients<true, false>(w, t, lse, delta);
+      gradients<true, false>(w, t, r);
     } else {
-      w.transfer.prepare(lse, w.column_lse, t.rows, t.cols);
-      w.transfer.ok ? gradients<false, true>(w, t, lse, delta)
-                    : gradients<false, false>(w, t, lse, delta);
+      w.transfer.prepare(rule_.unit, w.lse_x + r, w.column_lse, t.rows, t.cols, w.low_x + r,
+                         w.column_low);
+      w.transfer.ok ? gradients<false, true>(w, t, r) : gradients<false, false>(w, t, r);
     }
     const int64_t block = r / kBlock;
     float* dv_y = acc + t.n0 * width_y_;
@@ -510,20 +516,24 @@ class Backward : Tiles {
   }
 
   template <bool kMasked, bool kOneExp>
-  void gradients(Work& w, const TileShape& t, const float* lse, const float* delta) const {
+  void gradients(Work& w, const TileShape& t, int64_t r) const {
+    const Vec exponent = splat(rule_.unit.exponent);
     for (int i = 0; i < t.rows; ++i) {
       const int row = i * kBlock;
       const bool kept = !kMasked || w.mask.row_kept(i);
-      const Vec row_lse = splat(lse[i]), row_delta = splat(delta[i]);
+      const Vec row_lse = splat(w.lse_x[r + i]), row_low = splat(w.low_x[r + i]);
+      Vec shared{};
+      const Vec row_delta = splat(w.delta_x[r + i]);
       const Vec carry = splat(kOneExp ? w.transfer.row[i] : 0.0f);
       for (int v = 0; v < t.nv; ++v) {
         const int at = v * kLanes;
         const Vec x = load(w.s + row + at);
-        Vec p = exp2(x - row_lse), q;
+        Vec p = exp2((x - row_lse - row_low) * exponent), q;
         if constexpr (kOneExp) {
           q = p * (carry * load(w.transfer.column + at));
         } else {
-          q = kept ? exp2(x - load(w.column_lse + at)) : Vec{};
+          const Vec less = x - load(w.column_lse + at) - load(w.column_low + at);
+          q = kept ? exp2(less * exponent) : Vec{};
         }
         if constexpr (kMasked) p = select(w.mask.columns(v), p, Vec{});
         if (want_ds_) {
@@ -533,7 +543,7 @@ class Backward : Tiles {
             dq *= load(w.drop_column + row + at);
           }
           Vec ds = p * (dp - row_delta) + q * (dq - load(w.column_delta + at));
-          if (g_.dbias) add_dbias(t, i, v, ds);
+          if (g_.dbias) add_dbias(t, i, v, ds, shared);
           if (w.passed) ds = load(w.passed + row + at) == Vec{} ? Vec{} : ds;
           w.ds.put_rm(i, v, ds);
           if (PTile<U>::kTwo) w.ds.put_tr(i, v, ds);
@@ -548,15 +558,26 @@ class Backward : Tiles {
     }
   }
 
-  void add_dbias(const TileShape& t, int i, int v, Vec ds) const {
-    float* out = g_.dbias + t.b * g_.dbias_stride[0] + t.h * g_.dbias_stride[1] +
-                 (t.m0 + i) * g_.dbias_stride[2] + t.n0 * g_.dbias_stride[3];
+  // ds of row i, vector v into dbias; where columns share an element, into `shared` until row's
+  // end.
+  FMM_INLINE void add_dbias(const TileShape& t, int i, int v, Vec ds, Vec& shared) const {
+    if (g_.dbias_stride[3] == 0) {
+      shared += ds;  // zero past the end
+      if (v + 1 == t.nv) *dbias_at(t, i) += sum(shared);
+      return;
+    }
+    float* out = dbias_at(t, i);
     const int end = std::min(t.cols, (v + 1) * kLanes);
     for (int j = v * kLanes; j < end; ++j) out[j * g_.dbias_stride[3]] += ds[j - v * kLanes];
   }
 
-  void write_rows(void* out, const float* acc, int64_t row, int64_t rows, int64_t width,
-                  int64_t ld, float factor) const {
+  FMM_INLINE float* dbias_at(const TileShape& t, int i) const {
+    return g_.dbias + t.b * g_.dbias_stride[0] + t.h * g_.dbias_stride[1] +
+           (t.m0 + i) * g_.dbias_stride[2] + t.n0 * g_.dbias_stride[3];
+  }
+
+  void write_rows(void* out, const float* acc, int64_t row, int64_t rows, int64_t width, int64_t ld,
+                  float factor) const {
     if (!out) return;
     const DType dtype = a_.qk_x.dtype;
     auto* o = static_cast<char*>(out) + row * width * size_of(dtype);

@@ -33,14 +33,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_attention_fwd(
     const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias,
     std::optional<double> clamp, double scale, double dropout_p, const OptTensor& seed) {
   at::Tensor hold;
-  BiAttention a = params(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, hold, clamp, scale, dropout_p,
-                         seed);
+  BiAttention a =
+      params(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, hold, clamp, scale, dropout_p, seed);
   at::Tensor o_x = at::empty({a.B, a.H, a.M, a.Dv_y}, qk_x.options());
   at::Tensor o_y = at::empty({a.B, a.H, a.N, a.Dv_x}, qk_x.options());
-  at::Tensor lse_x = at::empty({a.B, a.H, a.M}, qk_x.options().dtype(at::kFloat));
-  at::Tensor lse_y = at::empty({a.B, a.H, a.N}, qk_x.options().dtype(at::kFloat));
+  at::Tensor lse_x = at::empty({a.B, a.H, a.M}, qk_x.options().dtype(at::kDouble));
+  at::Tensor lse_y = at::empty({a.B, a.H, a.N}, qk_x.options().dtype(at::kDouble));
   a.o_x = o_x.data_ptr(), a.o_y = o_y.data_ptr();
-  a.lse_x = lse_x.data_ptr<float>(), a.lse_y = lse_y.data_ptr<float>();
+  a.lse_x = lse_x.data_ptr<double>(), a.lse_y = lse_y.data_ptr<double>();
   if (a.B * a.H > 0) kernels().bi_attention_fwd(a, parallel_for);
   return {o_x, o_y, lse_x, lse_y};
 }
@@ -53,8 +53,8 @@ std::vector<at::Tensor> bi_attention_bwd(
     std::optional<double> clamp, double scale, double dropout_p, const OptTensor& seed,
     std::array<bool, 5> needs) {
   at::Tensor hold;
-  const BiAttention a = params(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, hold, clamp, scale,
-                               dropout_p, seed);
+  const BiAttention a =
+      params(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, hold, clamp, scale, dropout_p, seed);
   check_shape(do_x, {a.B, a.H, a.M, a.Dv_y}, "do_x");
   check_shape(do_y, {a.B, a.H, a.N, a.Dv_x}, "do_y");
   check_shape(o_x, do_x.sizes(), "o_x");
@@ -62,11 +62,11 @@ std::vector<at::Tensor> bi_attention_bwd(
   for (const at::Tensor& t : {lse_x, dlse_x}) check_shape(t, {a.B, a.H, a.M}, "lse_x");
   for (const at::Tensor& t : {lse_y, dlse_y}) check_shape(t, {a.B, a.H, a.N}, "lse_y");
   FMM_CHECK(needs.size() == 5, "needs");
-  const at::Tensor lx = contiguous_float(lse_x), ly = contiguous_float(lse_y);
+  const at::Tensor lx = contiguous_double(lse_x), ly = contiguous_double(lse_y);
   const at::Tensor dlx = contiguous_float(dlse_x), dly = contiguous_float(dlse_y);
   BiAttentionGrad g{};
   g.do_x = tensor4(do_x), g.do_y = tensor4(do_y), g.o_x = tensor4(o_x), g.o_y = tensor4(o_y);
-  g.lse_x = lx.const_data_ptr<float>(), g.lse_y = ly.const_data_ptr<float>();
+  g.lse_x = lx.const_data_ptr<double>(), g.lse_y = ly.const_data_ptr<double>();
   g.dlse_x = dlx.const_data_ptr<float>(), g.dlse_y = dly.const_data_ptr<float>();
   std::vector<at::Tensor> grads;
   auto result = [&](bool need, const at::Tensor& like) -> void* {

@@ -131,7 +131,7 @@ class Forward : Side {
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = bh * s_.M + m0 + i;
         finish_row(static_cast<char*>(s_.o) + row * s_.Dv * size_of(s_.q.dtype), s_.lse + row,
-                   w.o + i * width_v_, w.reference[i], w.sum[i], s_.q.dtype, s_.Dv);
+                   w.o + i * width_v_, w.reference[i], w.sum[i], s_.q.dtype, s_.Dv, rule_.unit);
       }
     }
   }
@@ -140,12 +140,14 @@ class Forward : Side {
     scores(w.q + r * units<U>(s_.D), kt, t.rows, t.cols, s_.D, w.s);
     prepare_tile(w, t);
     float *reference = w.reference + r, *sums = w.sum + r, *o = w.o + r * width_v_;
-    w.mask.full ? softmax<false>(w, t, reference, sums, o) : softmax<true>(w, t, reference, sums, o);
+    w.mask.full ? softmax<false>(w, t, reference, sums, o)
+                : softmax<true>(w, t, reference, sums, o);
     times_rows(w.p, t.rows, t.cols, v, t.cols, vectors(s_.Dv), o, width_v_);
   }
 
   template <bool kMasked>
   void softmax(Work& w, const TileShape& t, float* reference, float* sums, float* o) const {
+    const Vec exponent = splat(rule_.unit.exponent);
     for (int i = 0; i < t.rows; ++i) {
       const float* s = w.s + i * kBlock;
       Vec top = splat(-kInf);
@@ -153,11 +155,11 @@ class Forward : Side {
         const Vec x = load(s + v * kLanes);
         top = max_skip_nan(kMasked ? select(w.mask.columns(v), x, splat(-kInf)) : x, top);
       }
-      raise(max(top), reference[i], sums[i], o + i * width_v_, width_v_);
+      raise(max(top), reference[i], sums[i], o + i * width_v_, width_v_, rule_.unit);
       const Vec ref = splat(finite_reference(reference[i]));
       Vec total{};
       for (int v = 0; v < t.nv; ++v) {
-        Vec p = exp2(load(s + v * kLanes) - ref);
+        Vec p = exp2((load(s + v * kLanes) - ref) * exponent);
         if constexpr (kMasked) p = select(w.mask.columns(v), p, Vec{});
         total += p;
         if (w.drop) p *= load(w.drop + i * kBlock + v * kLanes);
@@ -234,7 +236,7 @@ class Backward : Side {
  private:
   struct Work : Common {
     U *q, *d_o, *q_b, *do_b, *column, *scratch;
-    float *dq, *dp, *lse, *delta, *floats;
+    float *dq, *dp, *lse, *low, *delta, *floats;  // lse in scores, high and low
     PTile<U> p, ds;
   };
 
@@ -251,6 +253,7 @@ class Backward : Side {
     w.dq = arena.take<float>(super_ * width_);
     w.dp = arena.take<float>(kBlock * kBlock);
     w.lse = arena.take<float>(super_);
+    w.low = arena.take<float>(super_);
     w.delta = arena.take<float>(super_);
     w.p = PTile<U>::make(arena, false, true);
     w.ds = PTile<U>::make(arena, true, true);
@@ -264,8 +267,8 @@ class Backward : Side {
     for (int64_t r = 0; r < rows; r += kBlock) {
       const int64_t n = std::min<int64_t>(kBlock, rows - r), block = r / kBlock;
       if (g_.dk) {
-        pack_b(w.q_b + block * b_units<U>(kBlock, s_.D), w.scratch,
-               rows_of(s_.q, t.b, t.h, m0 + r), n, s_.D);
+        pack_b(w.q_b + block * b_units<U>(kBlock, s_.D), w.scratch, rows_of(s_.q, t.b, t.h, m0 + r),
+               n, s_.D);
       }
       if (g_.dv) {
         pack_b(w.do_b + block * b_units<U>(kBlock, s_.Dv), w.scratch,
@@ -274,7 +277,8 @@ class Backward : Side {
     }
     const int64_t row = t.bh * s_.M + m0;
     for (int64_t i = 0; i < rows; ++i) {
-      w.lse[i] = base2_lse(g_.lse[row + i]);
+      const Lse2 lse = split_lse(g_.lse[row + i], rule_.unit);
+      w.lse[i] = lse.high, w.low[i] = lse.low;
       w.delta[i] = row_delta(d_o, o, g_.dlse + row, i, s_.Dv, w.floats);
     }
     std::fill(w.dq, w.dq + rows * width_, 0.0f);
@@ -317,16 +321,15 @@ class Backward : Side {
       scores(w.d_o + r * units<U>(s_.Dv), column + kt_, t.rows, t.cols, s_.Dv, w.dp);
     }
     prepare_tile(w, t);
-    w.mask.full ? gradients<false>(w, t, w.lse + r, w.delta + r)
-                : gradients<true>(w, t, w.lse + r, w.delta + r);
+    w.mask.full ? gradients<false>(w, t, r) : gradients<true>(w, t, r);
     const int64_t block = r / kBlock;
     if (g_.dv) {
       times_columns(w.p, t.rows, t.cols, w.do_b + block * b_units<U>(kBlock, s_.Dv), t.rows,
                     vectors(s_.Dv), acc + t.n0 * width_v_, width_v_);
     }
     if (g_.dq) {
-      times_rows(w.ds, t.rows, t.cols, column + kt_ + vt_, t.cols, vectors(s_.D),
-                 w.dq + r * width_, width_);
+      times_rows(w.ds, t.rows, t.cols, column + kt_ + vt_, t.cols, vectors(s_.D), w.dq + r * width_,
+                 width_);
     }
     if (g_.dk) {
       times_columns(w.ds, t.rows, t.cols, w.q_b + block * b_units<U>(kBlock, s_.D), t.rows,
@@ -335,19 +338,22 @@ class Backward : Side {
   }
 
   template <bool kMasked>
-  void gradients(Work& w, const TileShape& t, const float* lse, const float* delta) const {
+  void gradients(Work& w, const TileShape& t, int64_t r) const {
+    const Vec exponent = splat(rule_.unit.exponent);
     for (int i = 0; i < t.rows; ++i) {
       const int row = i * kBlock;
-      const Vec row_lse = splat(lse[i]), row_delta = splat(delta[i]);
+      const Vec row_lse = splat(w.lse[r + i]), row_low = splat(w.low[r + i]);
+      Vec shared{};
+      const Vec row_delta = splat(w.delta[r + i]);
       for (int v = 0; v < t.nv; ++v) {
         const int at = row + v * kLanes;
-        Vec p = exp2(load(w.s + at) - row_lse);
+        Vec p = exp2((load(w.s + at) - row_lse - row_low) * exponent);
         if constexpr (kMasked) p = select(w.mask.columns(v), p, Vec{});
         if (want_ds_) {
           Vec dp = load(w.dp + at);
           if (w.drop) dp *= load(w.drop + at);
           const Vec ds = p * (dp - row_delta);
-          if (g_.dbias) add_dbias(t, i, v, ds);
+          if (g_.dbias) add_dbias(t, i, v, ds, shared);
           w.ds.put_rm(i, v, ds);
           if (PTile<U>::kTwo) w.ds.put_tr(i, v, ds);
         }
@@ -357,11 +363,22 @@ class Backward : Side {
     }
   }
 
-  void add_dbias(const TileShape& t, int i, int v, Vec ds) const {
-    float* out = g_.dbias + t.b * g_.dbias_stride[0] + t.h * g_.dbias_stride[1] +
-                 (t.m0 + i) * g_.dbias_stride[2] + t.n0 * g_.dbias_stride[3];
+  // ds of row i, vector v into dbias; where columns share an element, into `shared` until row's
+  // end.
+  FMM_INLINE void add_dbias(const TileShape& t, int i, int v, Vec ds, Vec& shared) const {
+    if (g_.dbias_stride[3] == 0) {
+      shared += ds;  // zero past the end
+      if (v + 1 == t.nv) *dbias_at(t, i) += sum(shared);
+      return;
+    }
+    float* out = dbias_at(t, i);
     const int end = std::min(t.cols, (v + 1) * kLanes);
     for (int j = v * kLanes; j < end; ++j) out[j * g_.dbias_stride[3]] += ds[j - v * kLanes];
+  }
+
+  FMM_INLINE float* dbias_at(const TileShape& t, int i) const {
+    return g_.dbias + t.b * g_.dbias_stride[0] + t.h * g_.dbias_stride[1] +
+           (t.m0 + i) * g_.dbias_stride[2] + t.n0 * g_.dbias_stride[3];
   }
 
   void finish_columns(int64_t bh, const float* acc, int64_t n0, int64_t n1) const {

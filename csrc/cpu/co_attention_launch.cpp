@@ -52,8 +52,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> co_attention_fwd(
   for (int i = 0; i < 2; ++i) {
     AttentionSide& s = a.side[i];
     o[i] = at::empty({a.B, a.H, s.M, s.Dv}, q_x.options());
-    lse[i] = at::empty({a.B, a.H, s.M}, q_x.options().dtype(at::kFloat));
-    s.o = o[i].data_ptr(), s.lse = lse[i].data_ptr<float>();
+    lse[i] = at::empty({a.B, a.H, s.M}, q_x.options().dtype(at::kDouble));
+    s.o = o[i].data_ptr(), s.lse = lse[i].data_ptr<double>();
   }
   if (a.B * a.H > 0) kernels().co_attention_fwd(a, parallel_for);
   return {o[0], o[1], lse[0], lse[1]};
@@ -82,7 +82,7 @@ std::vector<at::Tensor> co_attention_bwd(
   g.side[1].dv = result(needs[2], v_x), g.side[1].dq = result(needs[3], q_y);
   g.side[0].dk = result(needs[4], k_y), g.side[0].dv = result(needs[5], v_y);
   const at::Tensor d_o[2] = {do_x, do_y}, o[2] = {o_x, o_y};
-  const at::Tensor lse[2] = {contiguous_float(lse_x), contiguous_float(lse_y)};
+  const at::Tensor lse[2] = {contiguous_double(lse_x), contiguous_double(lse_y)};
   const at::Tensor dlse[2] = {contiguous_float(dlse_x), contiguous_float(dlse_y)};
   const OptTensor bias[2] = {bias_xy, bias_yx};
   const size_t plain = grads.size();
@@ -94,7 +94,7 @@ std::vector<at::Tensor> co_attention_bwd(
     check_shape(lse[i], {a.B, a.H, s.M}, "lse");
     check_shape(dlse[i], {a.B, a.H, s.M}, "dlse");
     sg.d_o = tensor4(d_o[i]), sg.o = tensor4(o[i]);
-    sg.lse = lse[i].const_data_ptr<float>(), sg.dlse = dlse[i].const_data_ptr<float>();
+    sg.lse = lse[i].const_data_ptr<double>(), sg.dlse = dlse[i].const_data_ptr<float>();
     if (needs[6 + i]) {
       grads.push_back(make_dbias(*bias[i], sg.dbias_stride));
       sg.dbias = grads.back().data_ptr<float>();

@@ -11,18 +11,20 @@ struct Transfer {
   alignas(64) float row[kBlock], column[kBlock];
   bool ok;
 
-  // column_ref is padded with +inf past cols.
-  void prepare(const float* row_ref, const float* column_ref, int rows, int cols) {
+  // column_ref is padded with +inf past cols; lows are the references' second floats, if any.
+  void prepare(const Unit& unit, const float* row_ref, const float* column_ref, int rows, int cols,
+               const float* row_low = nullptr, const float* column_low = nullptr) {
     float top = -kInf, low = kInf;
     for (int i = 0; i < rows; ++i) top = row_ref[i] > top ? row_ref[i] : top;
     for (int j = 0; j < cols; ++j) low = column_ref[j] < low ? column_ref[j] : low;
-    ok = top - low <= kOneExp && top > -kInf;
+    ok = (top - low) * unit.exponent <= kOneExp && top > -kInf;
     if (!ok) return;
-    for (int i = 0; i < rows; ++i) row[i] = row_ref[i] - top;
+    for (int i = 0; i < rows; ++i) row[i] = row_ref[i] - top + (row_low ? row_low[i] : 0.0f);
     for (int i = rows; i < kBlock; ++i) row[i] = -kInf;
     for (int v = 0; v < kBlock; v += kLanes) {
-      store(row + v, exp2(load(row + v)));
-      store(column + v, exp2(splat(top) - load(column_ref + v)));
+      store(row + v, exp2(load(row + v) * unit.exponent));
+      const Vec less = column_low ? load(column_low + v) : Vec{};
+      store(column + v, exp2((splat(top) - load(column_ref + v) - less) * unit.exponent));
     }
   }
 };

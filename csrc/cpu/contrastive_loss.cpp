@@ -7,46 +7,45 @@
 namespace fmm::cpu::FMM_ISA {
 namespace {
 
-// Statistics of one axis under way: references are base 2 until `finish`.
-struct Axis {
-  float *neg, *pos, *sum_pos, *n_pos, *total, *n_all;  // rows of the result [6, G, rows]
-  float *neg_sum, *pos_sum;
+// Scores are in natural units: rows may have scales of their own.
+const Unit kUnit = unit_of(1.0);
 
-  Axis(float* stats, int64_t n, int64_t others, Arena& arena)
-      : neg(stats),
-        pos(stats + n),
-        sum_pos(stats + 2 * n),
-        n_pos(stats + 3 * n),
-        total(stats + 4 * n),
-        n_all(stats + 5 * n),
-        neg_sum(arena.take<float>(n)),
-        pos_sum(arena.take<float>(n)) {
-    std::fill(neg, neg + 2 * n, -kInf);
-    std::fill(sum_pos, sum_pos + 3 * n, 0.0f);
+// Statistics of one axis under way; `finish` writes [6, G, rows].
+struct Axis {
+  int64_t n;
+  float *neg, *neg_sum, *pos, *pos_sum, *sum_pos, *n_pos, *total, *n_all;
+
+  Axis(int64_t rows, int64_t others, Arena& arena) : n(rows) {
+    for (float** p : {&neg, &neg_sum, &pos, &pos_sum, &sum_pos, &n_pos, &total, &n_all}) {
+      *p = arena.take<float>(n);
+      std::fill(*p, *p + n, 0.0f);
+    }
+    std::fill(neg, neg + n, -kInf);
+    std::fill(pos, pos + n, -kInf);
     std::fill(n_all, n_all + n, static_cast<float>(others));
-    std::fill(neg_sum, neg_sum + n, 0.0f);
-    std::fill(pos_sum, pos_sum + n, 0.0f);
   }
 
-  // s in base 2.
+  // A match.
   void add(int64_t at, float s, bool positive) {
     if (!positive) {
       total[at] -= s;
       n_all[at] -= 1.0f;
       return;
     }
-    raise(s, pos[at], pos_sum[at], nullptr, 0);
-    pos_sum[at] += exp2(s - finite_reference(pos[at]));
+    raise(s, pos[at], pos_sum[at], nullptr, 0, kUnit);
+    pos_sum[at] += exp2((s - finite_reference(pos[at])) * kLog2E);
     sum_pos[at] += s;
     n_pos[at] += 1.0f;
   }
 
-  void finish(int64_t n) {
+  void finish(double* out) const {
     for (int64_t i = 0; i < n; ++i) {
-      neg[i] = natural_lse(neg[i], neg_sum[i]);
-      pos[i] = natural_lse(pos[i], pos_sum[i]);
-      sum_pos[i] *= static_cast<float>(kLn2);
-      total[i] *= static_cast<float>(kLn2);
+      out[i] = natural_lse(neg[i], neg_sum[i], kUnit);
+      out[n + i] = natural_lse(pos[i], pos_sum[i], kUnit);
+      out[2 * n + i] = sum_pos[i];
+      out[3 * n + i] = n_pos[i];
+      out[4 * n + i] = total[i];
+      out[5 * n + i] = n_all[i];
     }
   }
 };
@@ -61,8 +60,8 @@ class Forward {
     void make(Arena&) {}
   };
 
-  Forward(const PairLoss& a, const ContrastiveStats& out, Arena& arena)
-      : a_(a), x_(out.x, a.G * a.M, a.N, arena), y_(out.y, a.G * a.N, a.M, arena) {}
+  Forward(const PairLoss& a, Arena& arena)
+      : a_(a), x_(a.G * a.M, a.N, arena), y_(a.G * a.N, a.M, arena) {}
 
   template <class P>
   void tile(PairTile& t, Scratch& w, P&) {
@@ -78,16 +77,16 @@ class Forward {
     const bool masked = !t.mask.full;
     (masked ? maxima<true> : maxima<false>)(t.s, t.mask, t.rows, t.nv, w.row_top, w.column_top);
     for (int i = 0; i < t.rows; ++i) {
-      raise(w.row_top[i], x_.neg[m + i], x_.neg_sum[m + i], nullptr, 0);
+      raise(w.row_top[i], x_.neg[m + i], x_.neg_sum[m + i], nullptr, 0, kUnit);
     }
     for (int j = 0; j < t.cols; ++j) {
-      raise(w.column_top[j], y_.neg[n + j], y_.neg_sum[n + j], nullptr, 0);
+      raise(w.column_top[j], y_.neg[n + j], y_.neg_sum[n + j], nullptr, 0, kUnit);
       w.column_ref[j] = finite_reference(y_.neg[n + j]);
       y_.total[n + j] += w.column_total[j];
     }
     std::fill(w.column_ref + t.cols, w.column_ref + kBlock, kInf);
     const float* ref = x_.neg + m;
-    w.transfer.prepare(ref, w.column_ref, t.rows, t.cols);
+    w.transfer.prepare(kUnit, ref, w.column_ref, t.rows, t.cols);
     if (masked) {
       w.transfer.ok ? sums<true, true>(t, w, m) : sums<true, false>(t, w, m);
     } else {
@@ -96,16 +95,16 @@ class Forward {
     for (int j = 0; j < t.cols; ++j) y_.neg_sum[n + j] += w.column_sum[j];
   }
 
-  void finish() {
-    x_.finish(a_.G * a_.M);
-    y_.finish(a_.G * a_.N);
+  void finish(const ContrastiveStats& out) const {
+    x_.finish(out.x);
+    y_.finish(out.y);
   }
 
  private:
   void scale_and_total(PairTile& t, Scratch& w, int64_t m) {
     std::fill(w.column_total, w.column_total + kBlock, 0.0f);
     for (int i = 0; i < t.rows; ++i) {
-      const Vec scale = splat(t.scale[i] * kLog2E);
+      const Vec scale = splat(t.scale[i]);
       Vec total{};
       for (int v = 0; v < t.nv; ++v) {
         float* s = t.s + i * kBlock + v * kLanes;
@@ -129,9 +128,9 @@ class Forward {
       for (int v = 0; v < t.nv; ++v) {
         const int at = v * kLanes;
         const Vec s = load(t.s + i * kBlock + at);
-        Vec p = exp2(s - ref);
+        Vec p = exp2((s - ref) * kLog2E);
         const Vec q = kOneExp ? p * (carry * load(w.transfer.column + at))
-                              : exp2(s - load(w.column_ref + at));
+                              : exp2((s - load(w.column_ref + at)) * kLog2E);
         if constexpr (kMasked) p = select(t.mask.columns(v), p, Vec{});
         total += p;
         store(w.column_sum + at, load(w.column_sum + at) + q);
@@ -146,9 +145,9 @@ class Forward {
 
 // Backward coefficients of one axis.
 struct Coefficients {
-  const float *lse, *weight, *target, *uniform, *single;
+  const double *lse, *weight, *target, *uniform, *single;
 
-  Coefficients(const float* coef, int64_t n)
+  Coefficients(const double* coef, int64_t n)
       : lse(coef),
         weight(coef + n),
         target(coef + 2 * n),
@@ -156,8 +155,10 @@ struct Coefficients {
         single(coef + 4 * n) {}
 
   float at_positive(int64_t i, float s) const {
-    const float g = single[i] <= 1.0f ? single[i] : exp2(s - base2_lse(lse[i])) - target[i];
-    return weight[i] == 0.0f ? 0.0f : weight[i] * (g - uniform[i]);
+    const Lse2 two = split_lse(lse[i], kUnit);
+    const double p = exp2((s - two.high - two.low) * kLog2E);
+    const double g = single[i] <= 1.0 ? single[i] : p - target[i];
+    return static_cast<float>(weight[i] == 0.0 ? 0.0 : weight[i] * (g - uniform[i]));
   }
 };
 
@@ -166,8 +167,8 @@ class Backward {
   static constexpr bool kBackward = true;
   struct Scratch {
     Transfer transfer;
-    alignas(64) float row_lse[kBlock], column_lse[kBlock], column_weight[kBlock],
-        column_uniform[kBlock];
+    alignas(64) float row_lse[kBlock], row_low[kBlock], column_lse[kBlock], column_low[kBlock],
+        column_weight[kBlock], column_uniform[kBlock];
     float* live;  // 0 at matches
     void make(Arena& arena) { live = arena.take<float>(kBlock * kBlock); }
   };
@@ -180,22 +181,26 @@ class Backward {
   template <class P>
   void tile(PairTile& t, Scratch& w, const P& out) {
     const int64_t m = t.g * a_.M + t.m0, n = t.g * a_.N + t.n0;
-    for (int i = 0; i < t.rows; ++i) w.row_lse[i] = base2_lse(x_.lse[m + i]);
+    for (int i = 0; i < t.rows; ++i) {
+      const Lse2 lse = split_lse(x_.lse[m + i], kUnit);
+      w.row_lse[i] = lse.high, w.row_low[i] = lse.low;
+    }
     for (int j = 0; j < kBlock; ++j) {
       const bool in = j < t.cols;
-      w.column_lse[j] = in ? base2_lse(y_.lse[n + j]) : kInf;
-      w.column_weight[j] = in ? y_.weight[n + j] : 0.0f;
-      w.column_uniform[j] = in ? y_.weight[n + j] * y_.uniform[n + j] : 0.0f;
+      const Lse2 lse = in ? split_lse(y_.lse[n + j], kUnit) : Lse2{kInf, 0.0f};
+      w.column_lse[j] = lse.high, w.column_low[j] = lse.low;
+      w.column_weight[j] = static_cast<float>(in ? y_.weight[n + j] : 0.0);
+      w.column_uniform[j] = static_cast<float>(in ? y_.weight[n + j] * y_.uniform[n + j] : 0.0);
     }
     if (t.matches) {
       std::fill(w.live, w.live + kBlock * kBlock, 1.0f);
       for (int k = 0; k < t.matches; ++k) w.live[t.match[k].i * kBlock + t.match[k].j] = 0.0f;
     }
-    w.transfer.prepare(w.row_lse, w.column_lse, t.rows, t.cols);
+    w.transfer.prepare(kUnit, w.row_lse, w.column_lse, t.rows, t.cols, w.row_low, w.column_low);
     w.transfer.ok ? gradients<true>(t, w, m, out) : gradients<false>(t, w, m, out);
     for (int k = 0; k < t.matches; ++k) {
       const Match& at = t.match[k];
-      const float scale = t.scale[at.i], s = at.dot * (scale * kLog2E);
+      const float scale = t.scale[at.i], s = rounded(at.dot * scale);
       float ds = 0.0f;
       if (at.positive) ds = x_.at_positive(m + at.i, s) + y_.at_positive(n + at.j, s);
       if (dscale_) dscale_[m + at.i] += ds * at.dot;
@@ -207,19 +212,21 @@ class Backward {
   template <bool kOneExp, class P>
   void gradients(PairTile& t, Scratch& w, int64_t m, const P& out) {
     for (int i = 0; i < t.rows; ++i) {
-      const Vec scale = splat(t.scale[i]), scale2 = splat(t.scale[i] * kLog2E);
-      const Vec lse = splat(w.row_lse[i]), carry = splat(kOneExp ? w.transfer.row[i] : 0.0f);
-      const Vec weight = splat(x_.weight[m + i]);
-      const Vec uniform = splat(x_.weight[m + i] * x_.uniform[m + i]);
+      const Vec scale = splat(t.scale[i]);
+      const Vec lse = splat(w.row_lse[i]), low = splat(w.row_low[i]);
+      const Vec carry = splat(kOneExp ? w.transfer.row[i] : 0.0f);
+      const double row_weight = x_.weight[m + i];
+      const Vec weight = splat(static_cast<float>(row_weight));
+      const Vec uniform = splat(static_cast<float>(row_weight * x_.uniform[m + i]));
       Vec total{};
       for (int v = 0; v < t.nv; ++v) {
         const int at = v * kLanes;
-        const Vec dots = load(t.s + i * kBlock + at), s = dots * scale2;
-        const Vec p = exp2(s - lse);
-        const Vec q = kOneExp ? p * (carry * load(w.transfer.column + at))
-                              : exp2(s - load(w.column_lse + at));
-        Vec ds = p * weight - uniform + q * load(w.column_weight + at) -
-                 load(w.column_uniform + at);
+        const Vec dots = load(t.s + i * kBlock + at), s = rounded(dots * scale);
+        const Vec p = exp2((s - lse - low) * kLog2E);
+        const Vec less = s - load(w.column_lse + at) - load(w.column_low + at);
+        const Vec q = kOneExp ? p * (carry * load(w.transfer.column + at)) : exp2(less * kLog2E);
+        Vec ds =
+            p * weight - uniform + q * load(w.column_weight + at) - load(w.column_uniform + at);
         if (t.matches) ds *= load(w.live + i * kBlock + at);
         total += ds * dots;
         ds = select(t.mask.columns(v), ds * scale, Vec{});
@@ -239,9 +246,9 @@ class Backward {
 
 void contrastive_loss_fwd(const PairLoss& a, const ContrastiveStats& out, ParallelFor parallel) {
   Arena arena;
-  Forward op(a, out, arena);
+  Forward op(a, arena);
   pair_loop(a, op, nullptr, nullptr, parallel);
-  op.finish();
+  op.finish(out);
 }
 
 void contrastive_loss_bwd(const PairLoss& a, const ContrastiveGrad& g, ParallelFor parallel) {

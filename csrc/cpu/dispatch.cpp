@@ -6,10 +6,10 @@
 
 namespace fmm::cpu {
 
-#define FMM_TABLE(ns)                                            \
-  namespace ns {                                                 \
-  FMM_CPU_KERNELS(FMM_EXTERN)                                    \
-  }                                                              \
+#define FMM_TABLE(ns)         \
+  namespace ns {              \
+  FMM_CPU_KERNELS(FMM_EXTERN) \
+  }                           \
   static const Kernels table_##ns = {#ns FMM_CPU_KERNELS(FMM_AT)};
 #define FMM_EXTERN(name, args) void name args;
 

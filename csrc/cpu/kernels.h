@@ -5,15 +5,16 @@
 #include "../co_attention.h"
 #include "../pair_loss.h"
 
-#define FMM_CPU_KERNELS(X)                                                          \
-  X(bi_attention_fwd, (const BiAttention&, ParallelFor))                            \
-  X(bi_attention_bwd, (const BiAttention&, const BiAttentionGrad&, ParallelFor))    \
-  X(co_attention_fwd, (const CoAttention&, ParallelFor))                            \
-  X(co_attention_bwd, (const CoAttention&, const CoAttentionGrad&, ParallelFor))    \
-  X(contrastive_loss_fwd, (const PairLoss&, const ContrastiveStats&, ParallelFor))  \
-  X(contrastive_loss_bwd, (const PairLoss&, const ContrastiveGrad&, ParallelFor))   \
-  X(sigmoid_loss_fwd, (const PairLoss&, const SigmoidTerms&, ParallelFor))          \
-  X(sigmoid_loss_bwd, (const PairLoss&, const SigmoidGrad&, ParallelFor))
+#define FMM_CPU_KERNELS(X)                                                         \
+  X(bi_attention_fwd, (const BiAttention&, ParallelFor))                           \
+  X(bi_attention_bwd, (const BiAttention&, const BiAttentionGrad&, ParallelFor))   \
+  X(co_attention_fwd, (const CoAttention&, ParallelFor))                           \
+  X(co_attention_bwd, (const CoAttention&, const CoAttentionGrad&, ParallelFor))   \
+  X(contrastive_loss_fwd, (const PairLoss&, const ContrastiveStats&, ParallelFor)) \
+  X(contrastive_loss_bwd, (const PairLoss&, const ContrastiveGrad&, ParallelFor))  \
+  X(sigmoid_loss_fwd, (const PairLoss&, const SigmoidTerms&, ParallelFor))         \
+  X(sigmoid_loss_bwd, (const PairLoss&, const SigmoidGrad&, ParallelFor))          \
+  X(fma_chains, (int64_t rounds, bool bf16, double* flop))
 
 namespace fmm::cpu {
 

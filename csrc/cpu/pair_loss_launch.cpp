@@ -48,31 +48,36 @@ class Results {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> contrastive_loss_fwd(
-    const at::Tensor& x, const at::Tensor& y, const at::Tensor& logit_scale,
-    const OptTensor& positives, const OptTensor& ids_x, const OptTensor& ids_y, bool ignore,
-    bool normalize, bool want_x, bool want_y) {
+std::tuple<at::Tensor, at::Tensor> contrastive_loss_fwd(const at::Tensor& x, const at::Tensor& y,
+                                                        const at::Tensor& logit_scale,
+                                                        const OptTensor& positives,
+                                                        const OptTensor& ids_x,
+                                                        const OptTensor& ids_y, bool ignore,
+                                                        bool normalize, bool want_x, bool want_y) {
   const at::Tensor scale = contiguous_float(logit_scale);
   const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, ignore, normalize);
-  at::Tensor stats_x = at::empty({6, a.G, a.M}, scale.options());
-  at::Tensor stats_y = at::empty({6, a.G, a.N}, scale.options());
-  const ContrastiveStats out{stats_x.data_ptr<float>(), stats_y.data_ptr<float>(), want_x, want_y};
+  at::Tensor stats_x = at::empty({6, a.G, a.M}, scale.options().dtype(at::kDouble));
+  at::Tensor stats_y = at::empty({6, a.G, a.N}, scale.options().dtype(at::kDouble));
+  const ContrastiveStats out{stats_x.data_ptr<double>(), stats_y.data_ptr<double>(), want_x,
+                             want_y};
   kernels().contrastive_loss_fwd(a, out, parallel_for);
   return {stats_x, stats_y};
 }
 
-std::vector<at::Tensor> contrastive_loss_bwd(
-    const at::Tensor& coef_x, const at::Tensor& coef_y, const at::Tensor& x, const at::Tensor& y,
-    const at::Tensor& logit_scale, const OptTensor& positives, const OptTensor& ids_x,
-    const OptTensor& ids_y, bool ignore, bool normalize, std::array<bool, 3> needs) {
+std::vector<at::Tensor> contrastive_loss_bwd(const at::Tensor& coef_x, const at::Tensor& coef_y,
+                                             const at::Tensor& x, const at::Tensor& y,
+                                             const at::Tensor& logit_scale,
+                                             const OptTensor& positives, const OptTensor& ids_x,
+                                             const OptTensor& ids_y, bool ignore, bool normalize,
+                                             std::array<bool, 3> needs) {
   const at::Tensor scale = contiguous_float(logit_scale);
-  const at::Tensor cx = contiguous_float(coef_x), cy = contiguous_float(coef_y);
+  const at::Tensor cx = contiguous_double(coef_x), cy = contiguous_double(coef_y);
   const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, ignore, normalize);
   check_shape(cx, {5, a.G, a.M}, "coef_x");
   check_shape(cy, {5, a.G, a.N}, "coef_y");
   FMM_CHECK(needs.size() == 3, "needs");
   Results out(needs);
-  ContrastiveGrad g{cx.const_data_ptr<float>(), cy.const_data_ptr<float>(), nullptr, nullptr,
+  ContrastiveGrad g{cx.const_data_ptr<double>(), cy.const_data_ptr<double>(), nullptr, nullptr,
                     nullptr};
   g.dx = out.next(x.sizes(), x.options()), g.dy = out.next(y.sizes(), y.options());
   g.dscale = static_cast<float*>(out.next({a.G, a.M}, scale.options()));
@@ -101,8 +106,8 @@ std::vector<at::Tensor> sigmoid_loss_bwd(const at::Tensor& dloss, const at::Tens
   check_shape(weight, {a.G, a.M}, "dloss");
   FMM_CHECK(needs.size() == 4, "needs");
   Results out(needs);
-  SigmoidGrad g{logit_bias.item<float>(), weight.const_data_ptr<float>(), nullptr, nullptr, nullptr,
-                nullptr};
+  SigmoidGrad g{
+      logit_bias.item<float>(), weight.const_data_ptr<float>(), nullptr, nullptr, nullptr, nullptr};
   g.dx = out.next(x.sizes(), x.options()), g.dy = out.next(y.sizes(), y.options());
   g.dscale = static_cast<float*>(out.next({a.G, a.M}, scale.options()));
   g.dbias = static_cast<float*>(out.next({a.G, a.M}, scale.options()));

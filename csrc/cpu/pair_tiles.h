@@ -149,8 +149,7 @@ class PairLoop : PairShape {
     return acc;
   }
 
-  RowSource source(const Tensor4& t, const float* inv, int64_t g, int64_t row,
-                   int64_t rows) const {
+  RowSource source(const Tensor4& t, const float* inv, int64_t g, int64_t row, int64_t rows) const {
     RowSource r = rows_of(t, g, 0, row);
     r.factor = inv ? inv + g * rows + row : nullptr;
     return r;

@@ -12,7 +12,7 @@ struct Chunks {
   int64_t chunks, chunk_rows;
 };
 
-constexpr int64_t kTasks = 32;                       // enough for even shares on 16 threads
+constexpr int64_t kTasks = 32;                        // enough for even shares on 16 threads
 constexpr int64_t kPartialBytes = int64_t{64} << 20;  // of column accumulators, all tasks together
 constexpr int64_t kKeepBytes = int64_t{4} << 20;      // packed columns kept for a whole task
 

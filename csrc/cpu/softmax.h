@@ -1,32 +1,43 @@
-// Scores of a tile, running maxima with their rescaling, and probabilities. Base 2 throughout:
-// scores carry a factor log2(e). A softmax's reference is moved only when the maximum outgrows it
-// by kSlack, so accumulators are rarely rescaled; p stays below 2^kSlack.
+// Scores of a tile, running maxima with their rescaling, and probabilities. exp is taken in base 2
+// of differences (score - reference) * exponent, so that scores of 1e4 lose nothing to a factor.
+// A reference is moved only when the maximum outgrows it, so accumulators are rarely rescaled.
 #pragma once
 
 #include "dropout.h"
 
 namespace fmm::cpu::FMM_ISA {
 
-constexpr float kSlack = 8.0f;
+constexpr float kSlack = 8.0f;  // p stays below 2^kSlack
 // One exp serves both directions while row and column references are this close: what underflows
 // in p_row is then below 2^-40 in p_column.
 constexpr float kOneExp = 86.0f;
 
+// What scores are measured in: natural units, or raw products where only a scale separates the two.
+struct Unit {
+  float exponent;  // score -> base 2
+  float slack;     // kSlack in scores
+  double natural;  // score -> natural
+};
+FMM_INLINE Unit unit_of(double natural) {
+  const auto exponent = static_cast<float>(natural * static_cast<double>(kLog2E));
+  return {exponent, kSlack / exponent, natural};
+}
+
 // How raw products become scores.
 struct ScoreRule {
-  float scale;  // times log2(e)
-  float clamp;  // times log2(e), +inf: none
+  Unit unit;
+  float scale, clamp;  // +inf: no clamp
   Tensor4 bias;
   bool swapped;  // tile rows are the bias's columns
-
-  bool plain() const { return clamp == kInf && !bias.data; }
+  bool raw;      // products are the scores
 };
 
 FMM_INLINE ScoreRule score_rule(float scale, float clamp, const Tensor4& bias, bool swapped) {
-  return {scale * kLog2E, clamp * kLog2E, bias, swapped};
+  const bool raw = clamp == kInf && !bias.data && scale > 1e-20f;
+  return {unit_of(raw ? scale : 1.0), scale, clamp, bias, swapped, raw};
 }
 
-// bias tile [rows][kBlock] at (m0, n0), times log2(e).
+// bias tile [rows][kBlock] at (m0, n0).
 inline void load_bias(float* dst, const ScoreRule& rule, int64_t b, int64_t h, int64_t row0,
                       int64_t col0, int rows, int cols) {
   const Tensor4& t = rule.bias;
@@ -37,7 +48,6 @@ inline void load_bias(float* dst, const ScoreRule& rule, int64_t b, int64_t h, i
     float* out = dst + i * kBlock;
     load_row(out, at(t, base + (row0 + i) * row_stride + col0 * col_stride), t.dtype, col_stride,
              cols);
-    for (int j = 0; j < cols; ++j) out[j] *= kLog2E;
     for (int j = cols; j < round_up(cols, kLanes); ++j) out[j] = 0.0f;
   }
 }
@@ -45,6 +55,7 @@ inline void load_bias(float* dst, const ScoreRule& rule, int64_t b, int64_t h, i
 // s in place: clamp(s * scale) + bias. Backward asks which entries the clamp passed (1 or 0).
 inline void apply_rule(float* s, const ScoreRule& rule, const float* bias, int rows, int nv,
                        float* passed = nullptr) {
+  if (rule.raw) return;
   const Vec scale = splat(rule.scale), hi = splat(rule.clamp), lo = -hi;
   for (int i = 0; i < rows; ++i) {
     for (int v = 0; v < nv; ++v) {
@@ -94,10 +105,11 @@ inline void fill_mask(TileMask& mask, const KeyMask& columns, const KeyMask& row
 FMM_INLINE float finite_reference(float r) { return r == -kInf ? 0.0f : r; }
 
 // Moves reference to `top` if that has outgrown it: rescales sum and accumulator row.
-FMM_INLINE void raise(float top, float& reference, float& sum, float* row, int64_t width) {
-  if (!(top > reference + kSlack) || top == -kInf) return;
+FMM_INLINE void raise(float top, float& reference, float& sum, float* row, int64_t width,
+                      const Unit& unit) {
+  if (!(top > reference + unit.slack) || top == -kInf) return;
   if (reference != -kInf) {
-    const float f = exp2(reference - top);
+    const float f = exp2((reference - top) * unit.exponent);
     sum *= f;
     if (row) {
       for (int64_t j = 0; j < width; ++j) row[j] *= f;
@@ -106,23 +118,29 @@ FMM_INLINE void raise(float top, float& reference, float& sum, float* row, int64
   reference = top;
 }
 
-// natural log of sum * 2^reference
-FMM_INLINE float natural_lse(float reference, float sum) {
+// natural log of sum * exp(reference)
+FMM_INLINE double natural_lse(float reference, float sum, const Unit& unit) {
   if (reference == -kInf && !(sum != sum)) return -kInf;
-  return static_cast<float>(static_cast<double>(reference) * kLn2 +
-                            std::log(static_cast<double>(sum)));
+  return static_cast<double>(reference) * unit.natural + std::log(static_cast<double>(sum));
 }
 
 // Writes acc / sum as one output row; a row with no kept key gives 0 and lse -inf.
-FMM_INLINE void finish_row(void* o, float* lse, const float* acc, float reference, float sum,
-                           DType dtype, int64_t width) {
+FMM_INLINE void finish_row(void* o, double* lse, const float* acc, float reference, float sum,
+                           DType dtype, int64_t width, const Unit& unit) {
   store_row(o, acc, dtype, sum == 0.0f ? 0.0f : 1.0f / sum, width);
-  *lse = natural_lse(reference, sum);
+  *lse = natural_lse(reference, sum, unit);
 }
 
-// base-2 lse for the backward; -inf rows subtract +inf, so that p = 0.
-FMM_INLINE float base2_lse(float lse) {
-  return lse == -kInf ? kInf : static_cast<float>(static_cast<double>(lse) / kLn2);
+// lse in scores, as a sum of two floats: at scores of 1e4 one float would be off by 5e-4. Rows of
+// -inf subtract +inf, so that p = 0.
+struct Lse2 {
+  float high, low;
+};
+FMM_INLINE Lse2 split_lse(double lse, const Unit& unit) {
+  if (lse == -static_cast<double>(kInf)) return {kInf, 0.0f};
+  const double t = lse / unit.natural;
+  const float high = static_cast<float>(t);
+  return {high, high - high == 0.0f ? static_cast<float>(t - high) : 0.0f};
 }
 
 FMM_INLINE float dot_product(const float* a, const float* b, int64_t n) {

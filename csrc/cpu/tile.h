@@ -10,12 +10,12 @@
 
 namespace fmm::cpu::FMM_ISA {
 
-constexpr int kBlock = 96;                // rows and columns of a score tile
-constexpr int kPanel = 2 * kLanes;        // columns of a packed panel
+constexpr int kBlock = 96;          // rows and columns of a score tile
+constexpr int kPanel = 2 * kLanes;  // columns of a packed panel
 #if defined(__AVX512F__)
-constexpr int kRegRows = 12;              // 12 x 2 accumulators of 32 registers
+constexpr int kRegRows = 12;  // 12 x 2 accumulators of 32 registers
 #else
-constexpr int kRegRows = 6;               // 6 x 2 accumulators of 16 registers
+constexpr int kRegRows = 6;  // 6 x 2 accumulators of 16 registers
 #endif
 static_assert(kBlock % kPanel == 0 && kBlock % kRegRows == 0);
 
@@ -87,7 +87,7 @@ struct RowSource {
   int64_t row_stride, stride;  // elements
   const bool* keep;            // nullptr: all
   int64_t keep_stride;
-  const float* factor;         // per row, nullptr: 1
+  const float* factor;  // per row, nullptr: 1
 
   const void* row(int64_t i) const { return data + i * row_stride * size_of(dtype); }
   bool kept(int64_t i) const { return !keep || keep[i * keep_stride]; }
@@ -327,10 +327,10 @@ void gemm(int m, int nv, int k, const U* a, ptrdiff_t lda, const U* b, ptrdiff_t
 template <class U>
 struct PTile {
   U *rm, *tr;
-  static constexpr int kLd = kBlock;                    // of tr, and of rm for float
-  static constexpr int kLdRm = kBlock / kPerUnit<U>;    // of rm
+  static constexpr int kLd = kBlock;                  // of tr, and of rm for float
+  static constexpr int kLdRm = kBlock / kPerUnit<U>;  // of rm
 
-  static constexpr bool kTwo = kPerUnit<U> == 2;        // rm and tr are different memory
+  static constexpr bool kTwo = kPerUnit<U> == 2;  // rm and tr are different memory
 
   static PTile make(Arena& arena, bool rows, bool columns) {
     PTile t{};

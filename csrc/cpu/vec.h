@@ -15,6 +15,12 @@
 
 #include "../common/params.h"
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_assoc_barrier)
+#define FMM_HAS_ASSOC_BARRIER 1
+#endif
+#endif
+
 #define FMM_INLINE inline __attribute__((always_inline))
 
 namespace fmm::cpu::FMM_ISA {
@@ -32,7 +38,6 @@ typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr double kLn2 = 0.6931471805599453;
 
 // Two bf16 that stand next to each other along the contraction: the unit of vdpbf16ps.
 struct Bf2 {
@@ -59,6 +64,18 @@ FMM_INLINE void store(T* p, Vec v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 FMM_INLINE Vec splat(float x) { return x - Vec{}; }
+
+// A product as rounded to fp32. A compiler would fuse it into the next addition, and the scores of
+// the backward would differ from the forward's by half a unit in the last place.
+template <class T>
+FMM_INLINE T rounded(T x) {
+#ifdef FMM_HAS_ASSOC_BARRIER
+  return __builtin_assoc_barrier(x);
+#else
+  volatile T y = x;
+  return y;
+#endif
+}
 
 // a where it is greater, else b: NaN in a is passed over.
 FMM_INLINE Vec max_skip_nan(Vec a, Vec b) {

@@ -11,7 +11,9 @@ from types import ModuleType
 import torch
 
 OPS = ("co_attention", "bi_attention", "contrastive_loss", "sigmoid_loss")
+RETRIEVAL = ("similarity_topk", "retrieval_ranks", "dual_softmax_match")
 _FOLDER = {"cuda": "native", "triton": "triton", "cpu": "native", "reference": "reference"}
+_RETRIEVAL_FOLDER = {"cuda": "tiled", "cpu": "tiled", "reference": "reference"}
 _modules: dict[tuple[str, str], ModuleType] = {}
 _missing: dict[str, str] = {}
 
@@ -24,6 +26,9 @@ for _name, _folder in _FOLDER.items():
     for _op in OPS:
         if _name not in _missing:
             _modules[_name, _op] = importlib.import_module(f"{__name__}.{_folder}.{_op}")
+for _name, _folder in _RETRIEVAL_FOLDER.items():
+    for _op in RETRIEVAL:
+        _modules[_name, _op] = importlib.import_module(f"{__name__}.{_folder}.{_op}")
 
 
 def load(name: str, op: str) -> ModuleType:
@@ -39,4 +44,6 @@ def reject(name: str, op: str, problem) -> list[str]:
         return [f"inputs are on {device}"]
     if name in _missing:
         return [_missing[name]]
+    if (name, op) not in _modules:
+        return [f"{op} is not implemented"]
     return _modules[name, op].reject(problem)

@@ -1,4 +1,4 @@
-"""What the ops' public functions share: autocast's cast and the dropout seed."""
+"""What the ops' public functions share: autocast's cast, the dropout seed, the public lse."""
 
 import torch
 from torch import Tensor
@@ -23,3 +23,9 @@ def draw_seed(dropout_p: float) -> Tensor | None:
     if dropout_p == 0.0:
         return None
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
+
+
+def public_lse(o: Tensor, *lse: Tensor) -> tuple[Tensor, ...]:
+    """lse as users get it, fp32. Inside it is fp64: at scores of 1e4 an fp32 lse is off by 5e-4,
+    and so would be every probability that a backward takes from it."""
+    return lse if o.dtype == torch.float64 else tuple(t.float() for t in lse)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import backends, problem
 from ..dispatch import select
-from ._common import autocast, draw_seed
+from ._common import autocast, draw_seed, public_lse
 
 
 def bi_attention(
@@ -66,7 +66,7 @@ def bi_attention(
         draw_seed(dropout_p),
         name,
     )
-    return (o_x, o_y, lse_x, lse_y) if return_lse else (o_x, o_y)
+    return (o_x, o_y, *public_lse(o_x, lse_x, lse_y)) if return_lse else (o_x, o_y)
 
 
 @torch.library.custom_op("fusedmm::bi_attention_fwd", mutates_args=())
@@ -91,12 +91,11 @@ def _fwd(
 
 @_fwd.register_fake
 def _(qk_x, qk_y, v_x, v_y, *rest):
-    lse = torch.float64 if qk_x.dtype == torch.float64 else torch.float32
     return (
         qk_x.new_empty((*qk_x.shape[:3], v_y.shape[3])),
         qk_y.new_empty((*qk_y.shape[:3], v_x.shape[3])),
-        qk_x.new_empty(qk_x.shape[:3], dtype=lse),
-        qk_y.new_empty(qk_y.shape[:3], dtype=lse),
+        qk_x.new_empty(qk_x.shape[:3], dtype=torch.float64),
+        qk_y.new_empty(qk_y.shape[:3], dtype=torch.float64),
     )
 
 

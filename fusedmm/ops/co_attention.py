@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import backends, problem
 from ..dispatch import select
-from ._common import autocast, draw_seed
+from ._common import autocast, draw_seed, public_lse
 
 
 def co_attention(
@@ -69,7 +69,7 @@ def co_attention(
         draw_seed(dropout_p),
         name,
     )
-    return (o_x, o_y, lse_x, lse_y) if return_lse else (o_x, o_y)
+    return (o_x, o_y, *public_lse(o_x, lse_x, lse_y)) if return_lse else (o_x, o_y)
 
 
 @torch.library.custom_op("fusedmm::co_attention_fwd", mutates_args=())
@@ -98,12 +98,11 @@ def _fwd(
 
 @_fwd.register_fake
 def _(q_x, k_x, v_x, q_y, k_y, v_y, *rest):
-    lse = torch.float64 if q_x.dtype == torch.float64 else torch.float32
     return (
         q_x.new_empty((*q_x.shape[:3], v_y.shape[3])),
         q_y.new_empty((*q_y.shape[:3], v_x.shape[3])),
-        q_x.new_empty(q_x.shape[:3], dtype=lse),
-        q_y.new_empty(q_y.shape[:3], dtype=lse),
+        q_x.new_empty(q_x.shape[:3], dtype=torch.float64),
+        q_y.new_empty(q_y.shape[:3], dtype=torch.float64),
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backends, check, problem
+from .. import backends, check, distributed, problem
 from ..dispatch import select
 from . import pairs
 from ._common import autocast
@@ -44,7 +44,9 @@ def contrastive_loss(
         label_smoothing: share of the target spread evenly over the denominator, in [0, 1].
         normalize: L2-normalise the rows of x and y inside the op.
         reduction: "mean" over the rows that have a match, "sum", or "none".
-        group: torch.distributed process group; x and y are this rank's rows.
+        group: torch.distributed process group; x and y are this rank's rows, positives and ids
+            count over the concatenation in rank order. Same loss on every rank; gradients that
+            averaged over ranks are those of one process. reduction="none" gives this rank's rows.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the first that accepts.
     Returns: scalar fp32 in nats, or (loss_x [..., M], loss_y [..., N]) with reduction="none".
     Memory: O((M + N) * D); s is never stored.
@@ -53,26 +55,36 @@ def contrastive_loss(
     Source: InfoNCE, arXiv:1807.03748; CLIP, arXiv:2103.00020.
     """
     op = "contrastive_loss"
-    check.choice(op, "duplicates", duplicates, ("positive", "ignore"))
-    check.choice(op, "direction", direction, ("both", "x", "y"))
-    check.choice(op, "reduction", reduction, ("mean", "sum", "none"))
-    check.fraction(op, "label_smoothing", label_smoothing)
-    x, y = autocast(x, y)
-    by_id = ids_x is not None and duplicates == "positive"
-    asked = problem.pair_loss(
-        op, x, y, logit_scale, positives, ids_x, ids_y, normalize,
-        square=positives is None and not by_id and group is None,
-    )  # fmt: skip
-    name = select(op, asked, backend)
+    with distributed.joint_validation(op, group):
+        check.choice(op, "duplicates", duplicates, ("positive", "ignore"))
+        check.choice(op, "direction", direction, ("both", "x", "y"))
+        check.choice(op, "reduction", reduction, ("mean", "sum", "none"))
+        check.fraction(op, "label_smoothing", label_smoothing)
+        x, y = autocast(x, y)
+        by_id = ids_x is not None and duplicates == "positive"
+        asked = problem.pair_loss(
+            op, x, y, logit_scale, positives, ids_x, ids_y, normalize,
+            square=positives is None and not by_id and group is None,
+        )  # fmt: skip
+        name = select(op, asked, backend)
     lead, G, M, N = x.shape[:-2], asked.G, asked.M, asked.N
     x, y = x.reshape(G, M, asked.D), y.reshape(G, N, asked.D)
     scale = pairs.as_rows(logit_scale, x, G, M)
+    if ids_x is not None:
+        ids_x, ids_y = ids_x.reshape(G, M), ids_y.reshape(G, N)
+    if group is not None:
+        loss = distributed.contrastive_loss(
+            asked, x, y, scale, positives, ids_x, ids_y,
+            duplicates=duplicates, direction=direction, label_smoothing=float(label_smoothing),
+            reduction=reduction, group=group, backend=name,
+        )  # fmt: skip
+        if reduction == "none":
+            return loss[0].reshape(*lead, M), loss[1].reshape(*lead, N)
+        return loss
     if positives is not None:
         positives = positives.reshape(G, M)
     elif M == N:
         positives = pairs.default_positives(G, M, x.device)
-    if ids_x is not None:
-        ids_x, ids_y = ids_x.reshape(G, M), ids_y.reshape(G, N)
     loss_x, loss_y, stats_x, stats_y = _fwd(
         x,
         y,
@@ -111,18 +123,21 @@ def _fwd(
     want_y: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs.check_positives(positives, y.shape[1])
     stats_x, stats_y = backends.load(backend, "contrastive_loss").fwd(
         x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
     )
     loss_x = pairs.row_loss(stats_x, label_smoothing) if want_x else torch.zeros_like(stats_x[0])
     loss_y = pairs.row_loss(stats_y, label_smoothing) if want_y else torch.zeros_like(stats_y[0])
-    return loss_x, loss_y, stats_x, stats_y
+    return loss_x.to(logit_scale.dtype), loss_y.to(logit_scale.dtype), stats_x, stats_y
 
 
 @_fwd.register_fake
 def _(x, y, logit_scale, *rest):
     G, M, N = x.shape[0], x.shape[1], y.shape[1]
-    return tuple(logit_scale.new_empty(s) for s in ((G, M), (G, N), (6, G, M), (6, G, N)))
+    losses = (logit_scale.new_empty((G, M)), logit_scale.new_empty((G, N)))
+    stats = (x.new_empty((6, G, n), dtype=torch.float64) for n in (M, N))
+    return (*losses, *stats)
 
 
 @torch.library.custom_op("fusedmm::contrastive_loss_bwd", mutates_args=())

@@ -1,11 +1,13 @@
 """Arithmetic on the O(M + N) statistics of a pair loss: loss per row, backward coefficients, mean.
 
 A statistic holds, per row, [lse of negatives, lse of positives, sum of positive s, number of
-positives, sum of all s, number of all]; blocks of columns merge by `merge`.
+positives, sum of all s, number of all] in fp64; blocks of columns merge by `merge`.
 """
 
 import torch
 from torch import Tensor
+
+from .. import check
 
 NEG_INF = float("-inf")
 
@@ -37,8 +39,9 @@ def coefficients(stats: Tensor, dloss: Tensor, label_smoothing: float) -> Tensor
     there is one positive, p - target is taken as target's complement, without cancellation.
     """
     neg, pos, _, n_pos, _, n_all = stats
-    lse = torch.logaddexp(neg, pos)
     weight = torch.where(n_pos > 0.0, dloss, 0.0)
+    # Rows without weight get p = 0, so that no kernel multiplies 0 by an overflowed exp.
+    lse = torch.where(weight == 0.0, float("inf"), torch.logaddexp(neg, pos))
     target = (1.0 - label_smoothing) / n_pos.clamp_min(1.0)
     uniform = label_smoothing / n_all.clamp_min(1.0)
     single = torch.where(n_pos == 1.0, label_smoothing - torch.exp(neg - lse), 2.0)
@@ -56,6 +59,17 @@ def as_rows(logit_scale: Tensor | float, x: Tensor, G: int, M: int) -> Tensor:
     if not isinstance(logit_scale, Tensor):
         return torch.full((1,), float(logit_scale), dtype=dtype, device=x.device)
     return logit_scale.to(dtype).reshape((1,) if logit_scale.numel() == 1 else (G, M))
+
+
+def check_positives(positives: Tensor | None, N: int) -> None:
+    """ValueError on an index outside [0, N). On a GPU it would stall the stream: there such a row
+    has no match."""
+    if positives is None or positives.device.type != "cpu" or positives.numel() == 0:
+        return
+    low, high = (int(t) for t in positives.aminmax())
+    if low < 0 or high >= N:
+        got = low if low < 0 else high
+        raise check.bad("contrastive_loss", "positives", f"indices in [0, {N})", got)
 
 
 def default_positives(G: int, M: int, device: torch.device) -> Tensor:

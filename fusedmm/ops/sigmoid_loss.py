@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backends, check, problem
+from .. import backends, check, distributed, problem
 from ..dispatch import select
 from . import pairs
 from ._common import autocast
@@ -36,7 +36,9 @@ def sigmoid_loss(
             which needs M == N.
         normalize: L2-normalise the rows of x and y inside the op.
         reduction: "mean" (sum over pairs / rows of x), "sum", or "none".
-        group: torch.distributed process group; x and y are this rank's rows.
+        group: torch.distributed process group; x and y are this rank's rows of the concatenation
+            in rank order. Same loss on every rank; gradients that averaged over ranks are those of
+            one process. reduction="none" gives this rank's rows.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the first that accepts.
     Returns: scalar fp32 in nats per row, or the sum of each row [..., M] with reduction="none".
     Memory: O((M + N) * D); s is never stored.
@@ -45,30 +47,36 @@ def sigmoid_loss(
     Source: SigLIP, arXiv:2303.15343.
     """
     op = "sigmoid_loss"
-    check.choice(op, "reduction", reduction, ("mean", "sum", "none"))
-    x, y = autocast(x, y)
-    square = ids_x is None and group is None
-    asked = problem.pair_loss(op, x, y, logit_scale, None, ids_x, ids_y, normalize, square)
-    if isinstance(logit_bias, Tensor):
-        check.floating(op, "logit_bias", logit_bias)
-        check.device(op, ("x", x), ("logit_bias", logit_bias))
-        if logit_bias.numel() != 1:
-            raise check.bad(op, "logit_bias", "a scalar", f"shape {list(logit_bias.shape)}")
-    else:
-        check.number(op, "logit_bias", logit_bias)
-    name = select(op, asked, backend)
+    with distributed.joint_validation(op, group):
+        check.choice(op, "reduction", reduction, ("mean", "sum", "none"))
+        x, y = autocast(x, y)
+        square = ids_x is None and group is None
+        asked = problem.pair_loss(op, x, y, logit_scale, None, ids_x, ids_y, normalize, square)
+        if isinstance(logit_bias, Tensor):
+            check.floating(op, "logit_bias", logit_bias)
+            check.device(op, ("x", x), ("logit_bias", logit_bias))
+            if logit_bias.numel() != 1:
+                raise check.bad(op, "logit_bias", "a scalar", f"shape {list(logit_bias.shape)}")
+        else:
+            check.number(op, "logit_bias", logit_bias)
+        name = select(op, asked, backend)
     lead, G, M, N = x.shape[:-2], asked.G, asked.M, asked.N
     x, y = x.reshape(G, M, asked.D), y.reshape(G, N, asked.D)
-    positives = None
-    if ids_x is None:
-        positives = pairs.default_positives(G, M, x.device)
-    else:
+    scale, bias = pairs.as_rows(logit_scale, x, G, M), pairs.as_rows(logit_bias, x, 1, 1)
+    if ids_x is not None:
         ids_x, ids_y = ids_x.reshape(G, M), ids_y.reshape(G, N)
+    if group is not None:
+        loss = distributed.sigmoid_loss(
+            asked, x, y, scale, bias, ids_x, ids_y,
+            reduction=reduction, group=group, backend=name,
+        )  # fmt: skip
+        return loss.reshape(*lead, M) if reduction == "none" else loss
+    positives = pairs.default_positives(G, M, x.device) if ids_x is None else None
     loss = _fwd(
         x,
         y,
-        pairs.as_rows(logit_scale, x, G, M),
-        pairs.as_rows(logit_bias, x, 1, 1),
+        scale,
+        bias,
         positives,
         ids_x,
         ids_y,

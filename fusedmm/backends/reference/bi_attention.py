@@ -27,7 +27,7 @@ def fwd(
     if f_x is not None:
         p_x, p_y = p_x * f_x, p_y * f_y.mT
     o_x, o_y = kept(p_x, v_y, mask_y), kept(p_y, v_x, mask_x)
-    return o_x.to(dtype), o_y.to(dtype), lse_x, lse_y
+    return o_x.to(dtype), o_y.to(dtype), lse_x.double(), lse_y.double()
 
 
 def scores(qk_x, qk_y, bias, clamp, scale) -> tuple[Tensor, Tensor | None]:
@@ -71,5 +71,5 @@ def _side(s, do, o, v, keep, dlse, factor) -> tuple[Tensor, Tensor]:
     dv = (p if factor is None else p * factor).mT @ do
     if factor is not None:
         dp = dp * factor
-    delta = (do * o).sum(-1) - dlse  # [B, H, M]
+    delta = (do * o).sum(-1) - dlse.to(do.dtype)  # [B, H, M]
     return p * (dp - delta[..., None]), dv

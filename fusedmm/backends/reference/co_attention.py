@@ -30,7 +30,7 @@ def fwd(
     """o_x, o_y, lse_x, lse_y; scale_x is that of the direction whose queries are x."""
     o_x, lse_x = attend(q_x, k_y, v_y, mask_y, bias_xy, scale_x, dropout_p, seed, 0)
     o_y, lse_y = attend(q_y, k_x, v_x, mask_x, bias_yx, scale_y, dropout_p, seed, 1)
-    return o_x, o_y, lse_x, lse_y
+    return o_x, o_y, lse_x.double(), lse_y.double()
 
 
 def attend(q, k, v, keep, bias, scale, dropout_p, seed, direction) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,9 @@ def attend_bwd(
     dv = (p if factor is None else p * factor).mT @ do
     if factor is not None:
         dp = dp * factor
-    delta = (do * o).sum(-1) - dlse  # [B, H, M], the softmax's own term and that of lse
+    delta = (do * o).sum(-1) - dlse.to(
+        do.dtype
+    )  # [B, H, M], the softmax's own term and that of lse
     ds = p * (dp - delta[..., None])
     dq, dk = scale * ds @ k, scale * ds.mT @ q
     db = None if bias is None else ds.sum_to_size(bias.shape).to(bias.dtype)

@@ -26,6 +26,11 @@ def unit(t: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     return t * inv, inv
 
 
+def dots(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
+    """<x_m, y_n> [G, M, N]; scaled afterwards, so that forward and backward get the same bits."""
+    return unit(x, normalize)[0] @ unit(y, normalize)[0].mT
+
+
 def unit_bwd(dt: Tensor, t: Tensor, inv: Tensor | None) -> Tensor:
     """Gradient through `unit`: dt projected off t, over the norm."""
     return dt if inv is None else inv * (dt - t * (t * dt).sum(-1, keepdim=True))
@@ -51,23 +56,29 @@ def matches(
 def fwd(
     x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
 ) -> tuple[Tensor, Tensor]:
-    """stats_x [6, G, M], stats_y [6, G, N]: lse of negatives, lse / sum / count of positives, sum /
-    count of all. logit_scale is [G, M] or [1]; zeros where not wanted."""
-    s = (
-        logit_scale.view(-1, logit_scale.shape[-1], 1)
-        * unit(x, normalize)[0]
-        @ unit(y, normalize)[0].mT
-    )
+    """stats_x [6, G, M], stats_y [6, G, N] fp64: lse of negatives, lse / sum / count of positives,
+    sum / count of all. logit_scale is [G, M] or [1]; zeros where not wanted."""
+    s = logit_scale[..., None] * dots(x, y, normalize)
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
     return _stats(s, pos, out), _stats(s.mT, pos.mT, out.mT)
 
 
 def _stats(s: Tensor, pos: Tensor, out: Tensor) -> Tensor:
-    neg = s.masked_fill(pos | out, NEG_INF).logsumexp(-1)
-    lse_pos = s.masked_fill(~pos, NEG_INF).logsumexp(-1)
-    sum_pos = s.masked_fill(~pos, 0.0).sum(-1)
-    total = s.masked_fill(out, 0.0).sum(-1)
-    return torch.stack([neg, lse_pos, sum_pos, pos.sum(-1).to(s), total, (~out).sum(-1).to(s)])
+    neg = _logsumexp(s.masked_fill(pos | out, NEG_INF))
+    lse_pos = _logsumexp(s.masked_fill(~pos, NEG_INF))
+    sum_pos = s.masked_fill(~pos, 0.0).sum(-1, dtype=torch.float64)
+    total = s.masked_fill(out, 0.0).sum(-1, dtype=torch.float64)
+    n_pos, n_all = (t.sum(-1, dtype=torch.float64) for t in (pos, ~out))
+    return torch.stack([neg, lse_pos, sum_pos, n_pos, total, n_all])
+
+
+def _logsumexp(s: Tensor) -> Tensor:
+    """fp64, though the exponentials are those of s's dtype."""
+    if s.shape[-1] == 0:
+        return s.new_full(s.shape[:-1], NEG_INF, dtype=torch.float64)
+    top = s.amax(-1)
+    top = torch.where(top == NEG_INF, 0.0, top)
+    return top.double() + torch.exp(s - top[..., None]).sum(-1, dtype=torch.float64).log()
 
 
 @full_precision
@@ -76,19 +87,19 @@ def bwd(
 ) -> list[Tensor]:
     """Gradients of (x, y, logit_scale [G, M]) where `needs`.
 
-    coef [5, G, rows]: lse, weight w, target t, uniform u, and g for single positives (else 2):
+    coef [5, G, rows] fp64: lse, weight w, target t, uniform u, and g for single positives (else 2):
     ds = w * (p - u) on negatives and w * ((p - t or g) - u) on positives, per direction.
     """
     xh, inv_x = unit(x, normalize)
     yh, inv_y = unit(y, normalize)
-    scale = logit_scale.view(-1, logit_scale.shape[-1], 1)  # [G, M, 1] or [1, 1, 1]
-    dots = xh @ yh.mT
-    s = scale * dots
+    scale = logit_scale[..., None]  # [G, M, 1] or [1, 1]
+    products = xh @ yh.mT
+    s = scale * products
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
     ds = _ds(s, pos, out, coef_x) + _ds(s.mT, pos.mT, out.mT, coef_y).mT
     dx = unit_bwd(scale * (ds @ yh), xh, inv_x)
     dy = unit_bwd((scale * ds).mT @ xh, yh, inv_y)
-    grads = (dx.to(x.dtype), dy.to(y.dtype), (ds * dots).sum(-1))
+    grads = (dx.to(x.dtype), dy.to(y.dtype), (ds * products).sum(-1))
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
@@ -97,4 +108,4 @@ def _ds(s: Tensor, pos: Tensor, out: Tensor, coef: Tensor) -> Tensor:
     p = torch.exp(s - torch.where(lse == NEG_INF, 0.0, lse))
     at_pos = torch.where(g <= 1.0, g, p - t)
     ds = w * (torch.where(pos, at_pos, p) - u)
-    return torch.where(out | (w == 0.0), 0.0, ds)
+    return torch.where(out | (w == 0.0), 0.0, ds).to(s.dtype)

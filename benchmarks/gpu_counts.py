@@ -1,0 +1,224 @@
+"""Counts what the Triton kernels execute, beside what a user would do instead; no times.
+
+    make gpu-counts        # or: PYTHONPATH=tests:. python -m vgpu run --arch 80 -- \\
+                           #         python -m benchmarks.gpu_counts --out benchmarks/results/counts
+
+Runs on the virtual GPU of tests/vgpu: tensor FLOPs, ex2, warp instructions, shared-memory
+wavefronts and global sectors are of the executed PTX; registers, spills and occupancy are what
+ptxas allocates. Every call is compared with fp64 before it is counted.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import vgpu
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+import fusedmm
+
+from . import plain_flash
+
+SECTOR = 32  # bytes of a global memory transaction
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One call of bi_attention: M tokens of x, N of y."""
+
+    name: str
+    regime: str
+    B: int
+    H: int
+    M: int
+    N: int
+    D: int
+
+
+SHAPES = (
+    Shape("vilbert-36x36", "tiny", 2, 8, 36, 36, 128),
+    Shape("text-64", "tiny", 2, 4, 64, 64, 64),
+    Shape("image-1024-text-64", "resident", 1, 2, 1024, 64, 64),
+    Shape("image-1024-text-128", "resident", 1, 2, 1024, 128, 64),
+    Shape("lightglue-512x512", "long", 1, 2, 512, 512, 64),
+)
+# Counts relative to the better baseline: (forward, backward) by regime; None is not aimed at.
+TARGETS = {
+    "tensor_flops": {"resident": (0.76, 0.72), "tiny": (0.76, 0.72), "long": (None, 0.72)},
+    "ex2": {"resident": (0.55, 0.55), "tiny": (0.55, 0.55), "long": (None, 0.55)},
+    "global_bytes": {"resident": (0.80, 0.65), "tiny": (0.80, 0.65), "long": (0.80, 0.65)},
+    "warp_insts_per_mma": dict.fromkeys(("resident", "tiny", "long"), (1.0, 1.0)),
+}
+
+
+def counts(profile: vgpu.Profile) -> dict[str, float]:
+    """The counters of all launches, and the worst of what ptxas says."""
+    ops: dict[str, int] = {}
+    mma = 0
+    for launch in profile.launches:
+        c = launch["counters"]
+        mma += sum(kind["count"] for kind in c["mma"].values())
+        for op, n in c["ops"].items():
+            ops[op] = ops.get(op, 0) + n
+    ex2 = sum(n for op, n in ops.items() if op.startswith("ex2"))
+    sectors = sum(profile.total(f"global_{k}_sectors") for k in ("load", "store", "atomic"))
+    wavefronts = profile.total("shared_wavefronts")
+    conflicts = wavefronts - profile.total("shared_ideal_wavefronts")
+    insts = profile.total("warp_insts")
+    return {
+        "launches": len(profile.launches),
+        "tensor_flops": profile.total("mma_flops"),
+        "ex2": ex2,
+        "warp_insts": insts,
+        "warp_insts_per_mma": insts / mma if mma else float("nan"),
+        "shared_wavefronts": wavefronts,
+        "conflict_share": conflicts / wavefronts if wavefronts else 0.0,
+        "global_bytes": sectors * SECTOR,
+        "registers": max(r.get("regs", 0) for r in profile.launches),
+        "spill_bytes": sum(r.get("spill", 0) for r in profile.launches),
+        "shared_bytes": max(r["smem"] + r["static_smem"] for r in profile.launches),
+        "ctas_per_sm": min(r.get("ctas_per_sm", 0) for r in profile.launches),
+    }
+
+
+def both_ways(attend: Callable) -> Callable:
+    """bi_attention as two calls of one-directional attention."""
+
+    def run(qk_x: Tensor, qk_y: Tensor, v_x: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+        scale = qk_x.shape[3] ** -0.5
+        return attend(qk_x, qk_y, v_y, scale), attend(qk_y, qk_x, v_x, scale)
+
+    return run
+
+
+def flex() -> Callable:
+    """Two compiled FlexAttention calls."""
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    return both_ways(lambda q, k, v, scale: compiled(q, k, v, scale=scale))
+
+
+def measure(call: Callable, inputs: list[Tensor], upstream: list[Tensor], want: list[Tensor]):
+    """(forward, backward) counts; raises where a result is off by more than bf16 explains."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    torch.autograd.backward(call(*leaves), upstream)  # compiles
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with vgpu.profile(resources=True) as forward:
+        outs = call(*leaves)
+    with vgpu.profile(resources=True) as backward:
+        torch.autograd.backward(outs, upstream)
+    got = [*outs, *(t.grad for t in leaves)]
+    for g, w in zip(got, want, strict=True):
+        error, size = (g.double().cpu() - w).abs().max().item(), w.abs().max().item()
+        if not error <= 2e-2 * max(size, 1.0):
+            raise AssertionError(f"gpu_counts: error {error:.3g} where values reach {size:.3g}")
+    return counts(forward), counts(backward)
+
+
+def run(shape: Shape) -> dict:
+    """Counts of ours and of each baseline."""
+    g = torch.Generator().manual_seed(0)
+    B, H, D = shape.B, shape.H, shape.D
+    sizes = (shape.M, shape.N, shape.M, shape.N)
+    host = [torch.randn(B, H, n, D, generator=g).bfloat16() for n in sizes]
+    grads = [torch.randn(B, H, n, D, generator=g).bfloat16() for n in sizes[:2]]
+    exact = [t.double().requires_grad_() for t in host]
+    outs = fusedmm.bi_attention(*exact, backend="reference")
+    torch.autograd.backward(outs, [t.double() for t in grads])
+    want = [*(o.detach() for o in outs), *(t.grad for t in exact)]
+    inputs, upstream = [t.cuda() for t in host], [t.cuda() for t in grads]
+    calls = {
+        "ours": lambda *t: fusedmm.bi_attention(*t, backend="triton"),
+        "flex": flex(),
+        "plain": both_ways(plain_flash.attention),
+    }
+    if any(n % 16 for n in sizes):
+        del calls["plain"]  # it takes whole tiles only
+    result = {}
+    for name, call in calls.items():
+        result[name] = dict(
+            zip(("forward", "backward"), measure(call, inputs, upstream, want), strict=True)
+        )
+    return dataclasses.asdict(shape) | {"counts": result}
+
+
+def ratios(row: dict, mode: str) -> dict[str, float]:
+    """Ours over the better baseline, count by count."""
+    ours = row["counts"]["ours"][mode]
+    others = [c[mode] for name, c in row["counts"].items() if name != "ours"]
+    return {k: ours[k] / min(o[k] for o in others) for k in TARGETS}
+
+
+def markdown(rows: list[dict], arch: int) -> str:
+    """The table for people: ratios against targets, then the raw counts."""
+    lines = [
+        f"# Counts on the virtual GPU as sm_{arch}",
+        "",
+        "Executed PTX and ptxas figures, bf16; nothing here is a time. Ratio = ours / the better",
+        "of two compiled FlexAttention calls and two calls of a plain Triton flash attention,",
+        "count by count. Made by `benchmarks/gpu_counts.py`; its docstring has the command.",
+        "",
+        "| shape | mode | "
+        + " | ".join(f"{k} (target)" for k in TARGETS)
+        + " | spills | conflicts |",
+        "|---|---|" + "---|" * (len(TARGETS) + 2),
+    ]
+    for row in rows:
+        for i, mode in enumerate(("forward", "backward")):
+            ours = row["counts"]["ours"][mode]
+            cells = []
+            for name, ratio in ratios(row, mode).items():
+                target = TARGETS[name][row["regime"]][i]
+                met = (
+                    ""
+                    if target is None
+                    else f" (≤ {target:g} {'met' if ratio <= target else '**missed**'})"
+                )
+                cells.append(f"{ratio:.2f}{met}")
+            conflicts = f"{100 * ours['conflict_share']:.1f} %"
+            cells += [f"{ours['spill_bytes']:.0f} B", conflicts]
+            lines.append(
+                f"| {row['name']} ({row['regime']}) | {mode} | " + " | ".join(cells) + " |"
+            )
+    lines += [
+        "",
+        "| shape | mode | who | " + " | ".join(_RAW) + " |",
+        "|---" * (3 + len(_RAW)) + "|",
+    ]
+    for row in rows:
+        for mode in ("forward", "backward"):
+            for who, by_mode in row["counts"].items():
+                c = by_mode[mode]
+                cells = " | ".join(
+                    f"{c[k]:.2f}" if k in _FRACTIONS else f"{c[k]:.0f}" for k in _RAW
+                )
+                lines.append(f"| {row['name']} | {mode} | {who} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+_FRACTIONS = ("conflict_share", "warp_insts_per_mma")
+_RAW = (
+    "launches", "tensor_flops", "ex2", "warp_insts", "warp_insts_per_mma", "shared_wavefronts",
+    "conflict_share", "global_bytes", "registers", "spill_bytes", "shared_bytes", "ctas_per_sm",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="counts of bi_attention and its baselines")
+    parser.add_argument(
+        "--out", default="benchmarks/results/counts", help="prefix of .json and .md"
+    )
+    parser.add_argument("--only", default="", help="part of a shape's name")
+    args = parser.parse_args()
+    rows = [run(shape) for shape in SHAPES if args.only in shape.name]
+    out = Path(f"{args.out}.sm{vgpu.arch()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(out.suffix + ".json").write_text(json.dumps(rows, indent=1) + "\n")
+    out.with_suffix(out.suffix + ".md").write_text(markdown(rows, vgpu.arch()))
+
+
+if __name__ == "__main__":
+    main()

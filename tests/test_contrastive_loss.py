@@ -1,0 +1,215 @@
+"""contrastive_loss: the tests of suites.py, targets of every kind, and well-fitted pairs."""
+
+import harness
+import pytest
+import torch
+from suites import PairLossSuite
+from torch.nn import functional as F
+
+from fusedmm import testing
+from fusedmm.testing import PairShape, fused, make_case
+
+NAN = float("nan")
+SQUARE = PairShape(131, 131, 24, (2,))
+WIDE = PairShape(67, 149, 24, (2,))
+TALL = PairShape(149, 67, 24, (2,))
+
+
+class TestContrastiveLoss(PairLossSuite):
+    """See PairLossSuite."""
+
+    op = "contrastive_loss"
+    params = {
+        **PairLossSuite.table,
+        "features": {
+            **PairLossSuite.features,
+            "x": {"direction": "x", "shape": SQUARE},
+            "y": {"direction": "y", "shape": SQUARE},
+            "x_mean": {"direction": "x", "reduction": "mean"},
+            "y_sum": {"direction": "y", "reduction": "sum"},
+            "smoothing": {"label_smoothing": 0.1, "shape": SQUARE},
+            "all_smoothing": {"label_smoothing": 1.0},
+            "smoothing_rows_normalize": {
+                "label_smoothing": 0.2, "logit_scale": "rows", "normalize": True, "shape": SQUARE,
+            },
+            "ignore": {"ids": 50, "duplicates": "ignore", "shape": SQUARE},
+            "ignore_few": {"ids": 3, "duplicates": "ignore"},
+            "ignore_smoothing": {"ids": 9, "duplicates": "ignore", "label_smoothing": 0.1},
+            "ids_smoothing": {"ids": 9, "label_smoothing": 0.1, "direction": "x"},
+            "shuffled": {"positives": "shuffled", "shape": SQUARE},
+            "shuffled_wide": {"positives": "shuffled", "shape": WIDE},
+            "shuffled_wide_mean": {"positives": "shuffled", "shape": WIDE, "reduction": "mean"},
+            "repeated": {"positives": "repeated", "shape": SQUARE},
+            "repeated_tall": {"positives": "repeated", "shape": TALL, "label_smoothing": 0.1},
+            "repeated_tall_mean": {"positives": "repeated", "shape": TALL, "reduction": "mean"},
+            "positives_ids": {"positives": "repeated", "ids": 20, "shape": TALL},
+            "positives_ignore": {
+                "positives": "shuffled", "ids": 20, "duplicates": "ignore", "shape": WIDE,
+            },
+            "ids_rectangular_mean": {"ids": 90, "shape": TALL, "reduction": "mean"},
+        },
+    }  # fmt: skip
+
+    def test_is_the_mean_of_two_cross_entropies(self, backend, device):
+        """The formula everyone writes, apart from the general one that eager here is."""
+        case = self.case(testing.PAIR_SHAPES["three_tiles"], reduction="mean", device=device)
+        x, y = (case.tensors[k].double() for k in "xy")
+        s, labels = 10.0 * x @ y.T, torch.arange(301, device=device)
+        want = (F.cross_entropy(s, labels) + F.cross_entropy(s.T, labels)) / 2
+        (got,) = fused(harness.accepted(case, backend), backend)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+        for smoothing in (0.1, 0.5):
+            want = F.cross_entropy(s, labels, label_smoothing=smoothing)
+            smooth = case.replace(label_smoothing=smoothing, direction="x")
+            torch.testing.assert_close(fused(smooth, backend)[0].double(), want, rtol=1e-6, atol=0)
+
+    def test_directions(self, backend, device):
+        case = harness.accepted(self.case(SQUARE, device=device), backend)
+        both = fused(case, backend)
+        for direction, i in (("x", 0), ("y", 1)):
+            one = fused(case.replace(direction=direction), backend)
+            torch.testing.assert_close(one[i], both[i], rtol=0, atol=1e-6)
+            assert (one[1 - i] == 0).all()
+            (mean,) = fused(case.replace(direction=direction, reduction="mean"), backend)
+            torch.testing.assert_close(mean, both[i].mean(), rtol=1e-6, atol=0)
+
+    def test_unmatched_columns_are_negatives_only(self, backend, device):
+        case = self.case(WIDE, positives="shuffled", device=device)
+        loss_x, loss_y = fused(harness.accepted(case, backend), backend)
+        hit = F.one_hot(case.options["positives"], 149).sum(-2) > 0
+        assert (loss_y[~hit] == 0).all() and (loss_y[hit] > 0).all() and (loss_x > 0).all()
+        (mean,) = fused(case.replace(reduction="mean"), backend)
+        want = (loss_x.mean() + loss_y[hit].mean()) / 2
+        torch.testing.assert_close(mean, want, rtol=1e-6, atol=0)
+
+    def test_rows_without_a_match_have_no_loss(self, backend, device):
+        """By ids alone, M != N: no match, loss 0, and neither gradient nor weight in the mean."""
+        case = self.case(WIDE, ids=30, device=device, direction="x")
+        case.options["ids_x"][:, :5] = -1
+        got = harness.run(harness.accepted(case, backend), backend)
+        assert (got["loss_x"][:, :5] == 0).all() and (got["loss_x"][:, 5:] >= 0).all()
+        assert (got["dx"][:, :5] == 0).all()
+        harness.check_oracle(case.replace(reduction="mean"), backend)
+
+    def test_all_ids_equal(self, backend, device):
+        """Every pair matches: target uniform, or nothing left beside the positive (loss 0)."""
+        case = self.case(SQUARE, ids=1, device=device)
+        harness.check_oracle(case, backend)
+        ignore = case.replace(duplicates="ignore")
+        got = harness.run(harness.accepted(ignore, backend), backend)
+        for name, t in got.items():
+            torch.testing.assert_close(t, torch.zeros_like(t), atol=1e-6, rtol=0, msg=name)
+
+    def test_distinct_ids_change_nothing(self, backend, device):
+        case = self.case(SQUARE, device=device)
+        ids = torch.randperm(131).expand(2, 131).to(device) * 2**40  # beyond 32 bits
+        want = harness.run(harness.accepted(case, backend), backend)
+        for mode in ("positive", "ignore"):
+            got = harness.run(case.replace(ids_x=ids, ids_y=ids, duplicates=mode), backend)
+            for name, t in got.items():
+                torch.testing.assert_close(t, want[name], rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.parametrize("scale", [40.0, 100.0, 200.0], ids=str)
+    def test_well_fitted_pairs(self, backend, device, scale):
+        """A loss of 1e-5 keeps five digits in fp32, and so do its gradients."""
+        M, D = 301, 320
+        x = torch.eye(M, D)
+        # s_ij - s_ii = -gap for j != i, so that loss = log1p((M - 1) * exp(-gap)) = 1e-5
+        gap = torch.tensor((M - 1) / 1e-5, dtype=torch.float64).log().item()
+        shared = torch.zeros(M, D)
+        shared[:, -1] = 1.0
+        a = (gap / scale) ** 0.5
+        x = (a * x + (1 - a * a) ** 0.5 * shared).to(device)
+        case = make_case(self.op, PairShape(M, M, D), logit_scale=scale, reduction="none")
+        case = case.replace(x=x, y=x.clone(), logit_scale=torch.tensor(scale, device=device))
+        want = testing.truth(case)
+        assert 5e-6 < want["loss_x"].mean() < 2e-5
+        got = harness.run(harness.accepted(case, backend), backend)
+        for name in ("loss_x", "loss_y"):
+            torch.testing.assert_close(got[name].double(), want[name], rtol=5e-5, atol=0, msg=name)
+        (mean,) = fused(case.replace(reduction="mean"), backend)
+        torch.testing.assert_close(
+            mean.double(), (want["loss_x"].mean() + want["loss_y"].mean()) / 2, rtol=5e-5, atol=0
+        )
+        for name in ("dx", "dy", "dlogit_scale"):
+            error = testing.max_error(got[name], want[name])
+            assert error <= 2e-4 * want[name].abs().max().item(), name
+        harness.check_oracle(case, backend)
+
+    def test_perfect_pairs(self, backend, device):
+        """Loss below fp32's least step beside 1: not 0, not NaN."""
+        x = torch.eye(200, 256, device=device)
+        loss = testing.fused(
+            harness.accepted(
+                make_case(self.op, PairShape(200, 200, 256), reduction="none").replace(
+                    x=x, y=x, logit_scale=torch.tensor(40.0, device=device)
+                ),
+                backend,
+            ),
+            backend,
+        )
+        want = torch.log1p(torch.tensor(199 * 2.718281828459045**-40.0, dtype=torch.float64)).item()
+        for t in loss:
+            torch.testing.assert_close(t, torch.full_like(t, want), rtol=5e-5, atol=0)
+
+    @pytest.mark.parametrize("temperature", [0.005, 0.01])
+    def test_small_temperature(self, backend, device, temperature):
+        """Scale 200: no infinite loss, no NaN gradient; badly fitted pairs cost 100 nats."""
+        for seed, fit in ((0, None), (1, 0.5)):
+            case = self.case(
+                testing.PAIR_SHAPES["three_tiles"], logit_scale=1 / temperature, fit=fit,
+                seed=seed, device=device,
+            )  # fmt: skip
+            harness.check_oracle(case, backend)
+        opposite = case.replace(y=-case.tensors["x"])
+        got = harness.run(opposite, backend)
+        assert all(t.isfinite().all() for t in got.values())
+        assert got["loss_x"].max() > 100.0
+        harness.check_oracle(opposite, backend)
+
+    def test_logits_beyond_exp(self, backend, device):
+        """Unnormalised rows, logits past 95 where exp overflows, and negative scales."""
+        case = self.case(SQUARE, device=device, logit_scale=3.0)
+        for factor in (10.0, 40.0):
+            big = case.replace(x=case.tensors["x"] * factor, y=case.tensors["y"] * factor)
+            harness.check_oracle(big, backend)
+        negative = case.replace(logit_scale=-case.tensors["logit_scale"])
+        harness.check_oracle(negative, backend)
+        harness.check_oracle(
+            case.replace(logit_scale=torch.zeros_like(negative.tensors["logit_scale"])), backend
+        )
+
+    @pytest.mark.parametrize("bad", [NAN, float("inf")], ids=["nan", "inf"])
+    def test_bad_row_stays_in_its_row(self, backend, device, dtype, bad):
+        """Row i of x reaches loss_x[i] alone; it is part of every column."""
+        clean = self.case(SQUARE, dtype, device=device, direction="x")
+        dirty = clean.tensors["x"].clone()
+        dirty[0, 7, 2] = bad
+        want = fused(harness.accepted(clean, backend), backend)[0]
+        got = fused(clean.replace(x=dirty), backend)[0]
+        keep = torch.ones_like(got, dtype=torch.bool)
+        keep[0, 7] = False
+        torch.testing.assert_close(got[keep], want[keep], atol=0, rtol=0)
+        assert not got[0, 7].isfinite()
+
+    def test_repeated_rows_share_their_target(self, backend, device):
+        """Two rows that point at one column: its target is half each."""
+        case = self.case(PairShape(3, 2, 8), device=device)
+        case.options["positives"] = torch.tensor([1, 1, 0], device=device)
+        loss_x, loss_y = fused(harness.accepted(case, backend), backend)
+        s = 10.0 * case.tensors["x"].double() @ case.tensors["y"].double().T
+        columns = s.log_softmax(0)
+        want = torch.stack([-columns[2, 0], -(columns[0, 1] + columns[1, 1]) / 2])
+        torch.testing.assert_close(loss_y.double(), want, rtol=1e-5, atol=1e-6)
+        rows = -s.log_softmax(1)[torch.arange(3), case.options["positives"]]
+        torch.testing.assert_close(loss_x.double(), rows, rtol=1e-5, atol=1e-6)
+
+    def test_gradient_reaches_one_direction_only(self, backend, device):
+        """Backward through loss_y alone, loss_x left unused."""
+        case = harness.accepted(self.case(device=device), backend).leaves()
+        exact = case.at(torch.float64).leaves()
+        for i in range(2):
+            got = torch.autograd.grad(fused(case, backend)[i].sum(), [*case.tensors.values()])
+            want = torch.autograd.grad(testing.eager(exact)[i].sum(), [*exact.tensors.values()])
+            for g, w in zip(got, want, strict=True):
+                torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,246 @@
+"""Which backend runs a call: by name, by region, by environment, or the first that accepts; and
+what a refusal says. The real table of backends, and stand-ins where a machine has too few.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+
+import harness
+import pytest
+import torch
+
+import fusedmm
+from fusedmm import backends, dispatch, problem
+from fusedmm.testing import LOSSES, POSITIONAL, AttentionShape, PairShape, fused, make_case
+
+OPS = tuple(POSITIONAL)
+
+
+def small(op: str, dtype: torch.dtype = torch.float32, **features):
+    """A case of any op."""
+    shape = PairShape(5, 5, 8) if op in LOSSES else AttentionShape(1, 2, 5, 4, 8, 6)
+    return make_case(op, shape, dtype, **features)
+
+
+def used(op: str, call) -> str:
+    """The backend name that reaches the custom op when `call()` runs."""
+    with harness.recorded(op) as calls:
+        call()
+    return calls["_fwd"][-1]
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Stand-in for the table of backends: name -> reasons."""
+    reasons: dict[str, list[str]] = {name: [] for name in dispatch.PRIORITY}
+    monkeypatch.setattr(backends, "reject", lambda name, op, asked: reasons[name])
+    return reasons
+
+
+def asked(device: str = "cpu") -> problem.AttentionProblem:
+    """A problem to select for."""
+    side = problem.Side(5, 4, 96, 8)
+    return problem.AttentionProblem("bi_attention", 1, 2, side, side, torch.bfloat16, device)
+
+
+def test_priority():
+    assert dispatch.PRIORITY == ("cuda", "triton", "cpu", "reference")
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_takes_the_first_that_accepts(table, first):
+    for name in dispatch.PRIORITY[:first]:
+        table[name] = ["no"]
+    assert dispatch.select("bi_attention", asked(), None) == dispatch.PRIORITY[first]
+
+
+def test_refusal_lists_each_backend_with_its_reasons(table):
+    table.update(cuda=["D=96 not in {32, 64, 128}"], triton=["not installed"])
+    table.update(cpu=["inputs are on cuda", "too old"], reference=["tired"])
+    with pytest.raises(NotImplementedError) as caught:
+        dispatch.select("bi_attention", asked("cuda"), None)
+    assert str(caught.value) == (
+        "bi_attention: no backend can run bfloat16 B=1 H=2 M=5 N=4 D=96 Dv=8 on cuda\n"
+        "  cuda: D=96 not in {32, 64, 128}\n"
+        "  triton: not installed\n"
+        "  cpu: inputs are on cuda; too old\n"
+        "  reference: tired"
+    )
+
+
+@pytest.mark.parametrize("name", dispatch.PRIORITY)
+def test_a_named_backend_never_falls_back(table, name):
+    table[name] = ["not today"]
+    with pytest.raises(NotImplementedError) as caught:
+        dispatch.select("bi_attention", asked(), name)
+    first, second = str(caught.value).split("\n")
+    assert first.startswith("bi_attention: no backend can run bfloat16")
+    assert second == f"  {name}: not today"
+    with fusedmm.use_backend(name), pytest.raises(NotImplementedError, match="not today"):
+        dispatch.select("bi_attention", asked(), None)
+
+
+def test_reference_on_a_gpu_warns(table):
+    """O(M * N) memory is no silent choice; a named reference was asked for."""
+    table.update(cuda=["a"], triton=["b"], cpu=["inputs are on cuda"])
+    with pytest.warns(RuntimeWarning, match="stores the whole score matrix"):
+        assert dispatch.select("bi_attention", asked("cuda"), None) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.select("bi_attention", asked("cuda"), "reference")
+        dispatch.select("bi_attention", asked("cpu"), None)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gpu_backends_refuse_cpu_tensors(op, name):
+    with pytest.raises(NotImplementedError, match=f"^{op}: no backend can run(.|\n)*  {name}: "):
+        fused(small(op), name)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_backend_takes_three_dtypes_and_refuses_fp64(op):
+    native = pytest.importorskip("fusedmm._C", reason="extension not built")
+    assert native.cpu_isa() in native.cpu_isas()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert used(op, lambda d=dtype: fused(small(op, d), "cpu")) == "cpu"
+        assert used(op, lambda d=dtype: fused(small(op, d))) == "cpu"
+    with pytest.raises(NotImplementedError, match=r"  cpu: torch.float64 not in float32, float16"):
+        fused(small(op, torch.float64), "cpu")
+    assert used(op, lambda: fused(small(op, torch.float64))) == "reference"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_use_backend(op):
+    case = small(op)
+    usual = used(op, lambda: fused(case))
+    with fusedmm.use_backend("reference"):
+        assert used(op, lambda: fused(case)) == "reference"
+    assert used(op, lambda: fused(case)) == usual
+    with fusedmm.use_backend("cuda"):
+        with pytest.raises(NotImplementedError, match="  cuda: inputs are on cpu"):
+            fused(case)
+        assert used(op, lambda: fused(case, "reference")) == "reference", "an argument is stronger"
+        with fusedmm.use_backend("reference"):
+            assert used(op, lambda: fused(case)) == "reference", "the inner region is stronger"
+        with pytest.raises(NotImplementedError):
+            fused(case)
+
+
+def test_use_backend_ends_with_its_block():
+    with pytest.raises(ZeroDivisionError), fusedmm.use_backend("cuda"):
+        raise ZeroDivisionError
+    fused(small("co_attention"))
+
+    @fusedmm.use_backend("reference")
+    def decorated() -> str:
+        return used("co_attention", lambda: fused(small("co_attention")))
+
+    assert decorated() == decorated() == "reference"
+
+
+def test_use_backend_rejects_unknown_names():
+    for name in ("gpu", None, 3):
+        with pytest.raises(ValueError) as caught, fusedmm.use_backend(name):
+            pass
+        assert str(caught.value) == (
+            "use_backend: backend: expected one of 'cuda', 'triton', 'cpu', 'reference', "
+            f"got {name!r}"
+        )
+
+
+def test_a_region_stays_in_its_thread():
+    seen = []
+
+    def other() -> None:
+        try:
+            seen.append(fused(small("co_attention"))[0].shape)
+        except NotImplementedError as error:
+            seen.append(error)
+
+    with fusedmm.use_backend("cuda"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert seen == [torch.Size([1, 2, 5, 6])]
+
+
+def test_backward_runs_on_the_backend_of_the_forward():
+    """Even when the region of the forward has ended, and in autograd's own thread."""
+    case = small("bi_attention").leaves()
+    with harness.recorded("bi_attention") as calls:
+        with fusedmm.use_backend("reference"):
+            out = fused(case)
+        sum(o.sum() for o in out).backward()
+    assert calls["_bwd"][-1] == "reference"
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("FUSEDMM_BACKEND", "reference")
+    assert used("co_attention", lambda: fused(small("co_attention"))) == "reference"
+    monkeypatch.setenv("FUSEDMM_BACKEND", "cuda")
+    with pytest.raises(NotImplementedError, match="  cuda: inputs are on cpu"):
+        fused(small("co_attention"))
+    with fusedmm.use_backend("reference"):
+        fused(small("co_attention"))
+    fused(small("co_attention"), "reference")
+    monkeypatch.setenv("FUSEDMM_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"backend: expected one of 'cuda', .* got 'fast'"):
+        fused(small("co_attention"))
+    monkeypatch.setenv("FUSEDMM_BACKEND", "")
+    fused(small("co_attention"))
+
+
+def test_environment_of_a_process():
+    code = (
+        "import torch, fusedmm; t = torch.zeros(1, 1, 2, 2)\n"
+        "try: fusedmm.bi_attention(t, t, t, t)\n"
+        "except NotImplementedError as error: print(str(error).splitlines()[1].strip())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FUSEDMM_BACKEND": "triton"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("triton: "), done
+
+
+def test_compiled_code_follows_the_region():
+    torch._dynamo.reset()
+    case = small("co_attention")
+    compiled = torch.compile(lambda c: fused(c), fullgraph=True, backend="eager")
+    for _ in range(2):
+        compiled(case)
+        with fusedmm.use_backend("cuda"), pytest.raises(Exception, match="cuda: inputs are on cpu"):
+            compiled(case)
+    with fusedmm.use_backend("reference"):
+        got = compiled(case)
+    for g, w in zip(got, fused(case, "reference"), strict=True):
+        torch.testing.assert_close(g, w, atol=0, rtol=0)
+
+
+def test_a_region_inside_compiled_code():
+    torch._dynamo.reset()
+    case = small("co_attention")
+
+    def function(c):
+        with fusedmm.use_backend("reference"):
+            return fused(c)
+
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(case)
+    for g, w in zip(got, fused(case, "reference"), strict=True):
+        torch.testing.assert_close(g, w, atol=0, rtol=0)
+
+
+def test_every_op_has_every_backend_in_the_table():
+    for name in dispatch.PRIORITY:
+        for op in OPS:
+            cpu = asked("cpu" if name in ("cpu", "reference") else "cuda")
+            reasons = backends.reject(name, op, cpu)
+            assert isinstance(reasons, list) and all(isinstance(r, str) and r for r in reasons)
+    assert backends.reject("reference", "co_attention", asked("cuda")) == []
