@@ -224,7 +224,7 @@ class ViLBERT(nn.Module):
         for name, module in self.named_modules():
             if name.startswith("region_encoder"):
                 continue
-            # BERT's 0.02 suits its width of 768; narrower layers would start with next to no signal,
+            # BERT's 0.02 suits a width of 768; narrower layers would start with hardly a signal,
             # and the matching head, a product of two of them, with next to no gradient.
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)

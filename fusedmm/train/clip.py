@@ -24,7 +24,7 @@ from fusedmm.train.sampling import Sampler, augment, may_flip, own_colour, step_
 class ClipRecipe:
     """Everything that decides the numbers of this recipe."""
 
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=700))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800))
     model: CLIPConfig = field(default_factory=CLIPConfig)
     limit: int | None = None
     variant_power: float = 0.7
