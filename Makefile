@@ -9,8 +9,15 @@ STAMP := $(VENV)/.installed
 run: build
 	$(PY) -m fusedmm run
 
+# All ops, or OP=bi_attention; ARGS goes to benchmarks.run (python -m benchmarks.run --help).
+OP ?= all
+bench: build
+	$(PY) -m pip install -q -e ".[bench]" --no-build-isolation
+	$(PY) -m benchmarks.run $(OP) --cases model,overhead,sweep $(ARGS)
+	$(PY) -m benchmarks.report
+
 test: lint
-	$(PY) -m pytest -q -m "not gpu"
+	$(PY) -m pytest -q -n 2 -m "not gpu"
 
 # The tests marked gpu: on a real GPU if there is one, else on the virtual one, as sm_80 and sm_90.
 test-gpu: build

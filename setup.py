@@ -14,9 +14,9 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-KERNELS = ("bi_attention", "co_attention", "contrastive_loss", "sigmoid_loss")
+KERNELS = ("bi_attention", "co_attention", "contrastive_loss", "sigmoid_loss", "peak")
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno"]
-WARN = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
+WARN = ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-unknown-pragmas"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 WIDE = ["-mprefer-vector-width=512"]
 # GCC 12 and newer know every flag; an older compiler without -mavx512bf16 is a clear build error.

@@ -74,4 +74,5 @@ PYBIND11_MODULE(_C, m) {
     for (const auto* k : fmm::cpu::available()) names.emplace_back(k->isa);
     return names;
   });
+  m.def("fma_peak", &fmm::cpu::fma_peak, pybind11::arg("bf16"), pybind11::arg("threads"));
 }

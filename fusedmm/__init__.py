@@ -1,6 +1,8 @@
 """Fused bidirectional co-attention and contrastive losses for PyTorch: the public names."""
 
+from . import nn
 from .dispatch import use_backend
+from .integrations import patch, unpatch
 from .ops.bi_attention import bi_attention
 from .ops.co_attention import co_attention
 from .ops.contrastive_loss import contrastive_loss
@@ -15,8 +17,11 @@ __all__ = [
     "co_attention",
     "contrastive_loss",
     "dual_softmax_match",
+    "nn",
+    "patch",
     "retrieval_ranks",
     "sigmoid_loss",
     "similarity_topk",
+    "unpatch",
     "use_backend",
 ]

@@ -67,8 +67,8 @@ def test_split_has_no_straddling(drawings):
 def test_split_sizes(drawings):
     count = {s: sum(d.split == s for d in drawings) for s in SPLITS}
     assert len(drawings) > 3900
-    assert 0.08 < count["test"] / len(drawings) < 0.16
-    assert count["val"] > 100
+    assert 0.12 < count["test"] / len(drawings) < 0.24
+    assert count["val"] > 60
     assert split_of("any") in SPLITS
 
 

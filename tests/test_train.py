@@ -333,6 +333,15 @@ def test_bad_settings_are_named(settings, message):
         from_dict(ClipRecipe, settings)
 
 
+def test_a_setting_leaves_the_recipes_other_defaults():
+    given = {"vilbert": {"loop": {"steps": 70}}}
+    job = from_dict(Job, given)
+    assert job.vilbert == dataclasses.replace(
+        Job().vilbert, loop=dataclasses.replace(Job().vilbert.loop, steps=70)
+    )
+    assert job.clip == Job().clip
+
+
 def test_settings_survive_json():
     for recipe in (CLIP_RECIPE, BERT_RECIPE):
         text = json.dumps(dataclasses.asdict(recipe))

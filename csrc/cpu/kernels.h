@@ -13,7 +13,8 @@
   X(contrastive_loss_fwd, (const PairLoss&, const ContrastiveStats&, ParallelFor)) \
   X(contrastive_loss_bwd, (const PairLoss&, const ContrastiveGrad&, ParallelFor))  \
   X(sigmoid_loss_fwd, (const PairLoss&, const SigmoidTerms&, ParallelFor))         \
-  X(sigmoid_loss_bwd, (const PairLoss&, const SigmoidGrad&, ParallelFor))
+  X(sigmoid_loss_bwd, (const PairLoss&, const SigmoidGrad&, ParallelFor))          \
+  X(fma_chains, (int64_t rounds, bool bf16, double* flop))
 
 namespace fmm::cpu {
 

@@ -221,9 +221,16 @@ class ViLBERT(nn.Module):
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.matching = nn.Linear(config.bi_hidden_size, 2)
         self.register_buffer("boxes", _grid_boxes(self.region_encoder.grid), persistent=False)
-        for name, parameter in self.named_parameters():
-            if not name.startswith("region_encoder") and parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
+        for name, module in self.named_modules():
+            if name.startswith("region_encoder"):
+                continue
+            # BERT's 0.02 suits its width of 768; narrower layers would start with next to no signal,
+            # and the matching head, a product of two of them, with next to no gradient.
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
 
     @torch.no_grad()
     def regions(self, images: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """ViLBERT's co-attention block as modules around `fusedmm.co_attention`.
 
 Parameter names are those of the original vilbert code, so its checkpoints load with strict=True.
-Masks are bool, True = keep (the original adds -10000). Left out: dynamic attention and the unused
-co_attention_mask.
+Masks are bool, True = keep, or additive [B, 1, 1, tokens] as in the original. Left out: dynamic
+attention and the unused co_attention_mask.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedmm.ops.co_attention import co_attention
+
+from .masks import keep_or_bias, probabilities
 
 STANDARD = "standard"
 # Below this many scores a head, half precision on a CPU: softmax(q @ k.T) @ v beats torch's fused
@@ -91,7 +93,7 @@ class BertBiAttention(nn.Module):
         self, x1: Tensor, mask1: Tensor | None, x2: Tensor, mask2: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """[B, M, v_hidden], keep [B, M], [B, N, hidden], keep [B, N] -> (context_1 [B, N, bi],
-        context_2 [B, M, bi]), in the order the original returns them."""
+        context_2 [B, M, bi]), in the order the original returns them. Masks may be additive."""
         q1, k1, v1 = (self._heads(f(x1)) for f in (self.query1, self.key1, self.value1))
         q2, k2, v2 = (self._heads(f(x2)) for f in (self.query2, self.key2, self.value2))
         p = self.dropout if self.training else 0.0
@@ -100,12 +102,20 @@ class BertBiAttention(nn.Module):
                 raise NotImplementedError(
                     f"BertBiAttention: attention_backend='standard': expected dropout 0, got {p}"
                 )
+            if any(m is not None and m.dtype != torch.bool for m in (mask1, mask2)):
+                raise ValueError(
+                    "BertBiAttention: mask: expected bool with attention_backend='standard', got "
+                    "an additive one"
+                )
             o1 = standard_attention(q1, k2, v2, keep=mask2)
             o2 = standard_attention(q2, k1, v1, keep=mask1)
         else:
+            keep1, bias1 = keep_or_bias(mask1, q1)
+            keep2, bias2 = keep_or_bias(mask2, q1)
             o1, o2 = co_attention(
                 q1, k1, v1, q2, k2, v2,
-                mask_x=mask1, mask_y=mask2, dropout_p=p, backend=self.attention_backend,
+                mask_x=keep1, mask_y=keep2, bias_xy=bias2, bias_yx=bias1,
+                dropout_p=p, backend=self.attention_backend,
             )  # fmt: skip
         return o2.transpose(1, 2).flatten(2), o1.transpose(1, 2).flatten(2)
 
@@ -118,13 +128,10 @@ class BertBiAttention(nn.Module):
             for f, x in ((self.query1, x1), (self.key1, x1), (self.query2, x2), (self.key2, x2))
         )
 
-        def softmax(q: Tensor, k: Tensor, keep: Tensor | None) -> Tensor:
-            s = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-            if keep is not None:
-                s = s.masked_fill(~keep[:, None, None, :], float("-inf"))
-            return s.softmax(dim=-1)
-
-        return softmax(q2, k1, mask1), softmax(q1, k2, mask2)
+        return (
+            probabilities(q2, k1, *keep_or_bias(mask1, q2)),
+            probabilities(q1, k2, *keep_or_bias(mask2, q1)),
+        )
 
 
 class BertBiOutput(nn.Module):

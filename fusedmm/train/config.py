@@ -57,8 +57,12 @@ class LoopConfig:
             )
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+def from_dict(
+    cls: type[T], values: Mapping[str, Any], *, where: str = "", default: T | None = None
+) -> T:
     """Build dataclass `cls` from nested dicts, checking names and types.
+
+    What is not given comes from `default`, for a nested field from what the outer class has there.
 
     Raises: ValueError, a key that is no field or a value of another type.
     """
@@ -78,10 +82,21 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
                 continue
             if not isinstance(value, Mapping):
                 raise ValueError(f"config: {path}: expected settings by name, got {value!r}")
-            out[name] = from_dict(hint, value, where=f"{path}.")
+            out[name] = from_dict(
+                hint, value, where=f"{path}.", default=_default(fields[name], default)
+            )
         else:
             out[name] = _checked(path, hint, value)
-    return cls(**out)
+    return cls(**out) if default is None else dataclasses.replace(default, **out)
+
+
+def _default(field: dataclasses.Field, owner: Any) -> Any:
+    """The value a field has in `owner`, or its own default, or None."""
+    if owner is not None:
+        return getattr(owner, field.name)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _checked(path: str, hint: Any, value: Any) -> Any:

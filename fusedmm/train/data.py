@@ -76,7 +76,7 @@ def base_emoji(emoji: str) -> str:
     return _SAME_BASE.get(key, key)
 
 
-def split_of(base: str, *, val: float = 0.05, test: float = 0.12) -> str:
+def split_of(base: str, *, val: float = 0.04, test: float = 0.18) -> str:
     """The split a base belongs to: a hash of its key, so that new drawings move no old one."""
     u = int(hashlib.sha256(base.encode()).hexdigest()[:8], 16) / 2**32
     return "test" if u < test else "val" if u < test + val else "train"

@@ -28,7 +28,7 @@ class ViLBERTRecipe:
     """Everything that decides the numbers of this recipe, given the CLIP it starts from."""
 
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=350, batch_size=128, lr=7e-4, warmup=60)
+        default_factory=lambda: LoopConfig(steps=350, batch_size=128, lr=1e-3, warmup=60)
     )
     model: ViLBERTConfig = field(default_factory=ViLBERTConfig)
     limit: int | None = None
@@ -36,7 +36,7 @@ class ViLBERTRecipe:
     mask_probability: float = 0.2
     views: int = 3
     hard_negatives: int = 16
-    random_negatives: float = 0.25
+    random_negatives: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_probability < 1:

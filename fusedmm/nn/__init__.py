@@ -1,0 +1,24 @@
+"""Modules whose parameters carry the names of the model layers they replace."""
+
+from .attention import AdditiveAttention, CoAttention, MultimodalAttention
+from .bi_attention import BiAttentionBlock, BiMultiHeadAttention
+from .co_attention import BertBiAttention, BertConnectionLayer
+from .fusion import AttentionFusion, ConcatFusion, GatedFusion
+from .losses import ClipLoss, SigLipLoss
+from .lxmert import LxmertCrossAttention
+
+__all__ = [
+    "AdditiveAttention",
+    "AttentionFusion",
+    "BertBiAttention",
+    "BertConnectionLayer",
+    "BiAttentionBlock",
+    "BiMultiHeadAttention",
+    "ClipLoss",
+    "CoAttention",
+    "ConcatFusion",
+    "GatedFusion",
+    "LxmertCrossAttention",
+    "MultimodalAttention",
+    "SigLipLoss",
+]
