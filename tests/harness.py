@@ -177,16 +177,20 @@ def threads(n: int) -> Iterator[None]:
 
 
 def check_threads(case: Case, backend: str) -> None:
-    """1, 2 and 4 threads agree within the bound of the oracle, each deterministic."""
+    """1, 2 and 4 threads agree: within the bound of the oracle, and on `cpu`, whose division of
+    labour depends on sizes alone, bit for bit."""
     want = testing.truth(accepted(case, backend))
     base = values_and_grads(testing.eager, case)
+    first: dict[str, Tensor] = {}
     for n in (1, 2, 4):
         with threads(n):
             got = run(case, backend)
-            assert_same(run(case, backend), got)
         for name, exact in want.items():
             limit = testing.bound(name, base[name], exact, case)
             assert testing.max_error(got[name], exact) <= limit, (name, n)
+        first = first or got
+        if backend == "cpu":
+            assert_same(got, first)
 
 
 def saved_bytes(case: Case, backend: str) -> int:
