@@ -1,7 +1,6 @@
 """Counts what the Triton kernels execute, beside what a user would do instead; no times.
 
-    make gpu-counts        # or: PYTHONPATH=tests:. python -m vgpu run --arch 80 -- \\
-                           #         python -m benchmarks.gpu_counts --out benchmarks/results/counts
+    PYTHONPATH=tests:. python -m vgpu run --arch 80 -- python -m benchmarks.gpu_counts
 
 Runs on the virtual GPU of tests/vgpu: tensor FLOPs, ex2, warp instructions, shared-memory
 wavefronts and global sectors are of the executed PTX; registers, spills and occupancy are what
@@ -40,11 +39,11 @@ class Shape:
 
 
 SHAPES = (
-    Shape("vilbert-36x36", "tiny", 2, 8, 36, 36, 128),
-    Shape("text-64", "tiny", 2, 4, 64, 64, 64),
-    Shape("image-1024-text-64", "resident", 1, 2, 1024, 64, 64),
-    Shape("image-1024-text-128", "resident", 1, 2, 1024, 128, 64),
-    Shape("lightglue-512x512", "long", 1, 2, 512, 512, 64),
+    Shape("vilbert-36x36", "tiny", 4, 8, 36, 36, 128),
+    Shape("tiny-64x64", "tiny", 4, 8, 64, 64, 64),
+    Shape("image-2048-text-64", "resident", 2, 8, 2048, 64, 64),
+    Shape("image-2048-text-128", "resident", 2, 8, 2048, 128, 64),
+    Shape("lightglue-512x512", "long", 2, 4, 512, 512, 64),
 )
 # Counts relative to the better baseline: (forward, backward) by regime; None is not aimed at.
 TARGETS = {

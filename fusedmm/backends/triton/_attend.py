@@ -149,7 +149,7 @@ def delta_kernel(
 @triton.jit
 def centre_of(x, bh):
     """A finite number near the head's lse, in base 2: that of the first token of x."""
-    first = tl.load(x.lse + bh.to(tl.int64) * x.M, mask=x.M > 0, other=0.0) * LOG2E
+    first = tl.load(x.lse + tl.cast(bh, tl.int64) * x.M, mask=x.M > 0, other=0.0) * LOG2E
     return tl.where(tl.abs(first) < 1e30, first, 0.0)
 
 

@@ -14,7 +14,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def head(t, bh, H):
     """Pointer to the [L, width] matrix of head bh = b * H + h."""
-    return t.ptr + (bh // H).to(tl.int64) * t.b + (bh % H).to(tl.int64) * t.h
+    return t.ptr + tl.cast(bh // H, tl.int64) * t.b + tl.cast(bh % H, tl.int64) * t.h
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def kept(keep, b, offs, L):
     """offs < L and, with a mask, kept by it: [BLOCK] bool."""
     inside = offs < L
     if keep.HAS:
-        ptrs = keep.ptr + b.to(tl.int64) * keep.b + offs.to(tl.int64) * keep.m
+        ptrs = keep.ptr + tl.cast(b, tl.int64) * keep.b + offs.to(tl.int64) * keep.m
         inside = inside & (tl.load(ptrs, mask=inside, other=0) != 0)
     return inside
 
@@ -52,13 +52,13 @@ def kept(keep, b, offs, L):
 @triton.jit
 def load_row(ptr, bh, offs, L):
     """Entries offs of row bh of a contiguous [B * H, L] fp32 array, 0 outside."""
-    return tl.load(ptr + bh.to(tl.int64) * L + offs, mask=offs < L, other=0.0)
+    return tl.load(ptr + tl.cast(bh, tl.int64) * L + offs, mask=offs < L, other=0.0)
 
 
 @triton.jit
 def store_row(ptr, bh, offs, L, value):
     """Writes the entries offs < L of row bh of a contiguous [B * H, L] array."""
-    tl.store(ptr + bh.to(tl.int64) * L + offs, value, mask=offs < L)
+    tl.store(ptr + tl.cast(bh, tl.int64) * L + offs, value, mask=offs < L)
 
 
 @triton.jit

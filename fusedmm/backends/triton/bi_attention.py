@@ -32,7 +32,6 @@ from ._tile import (
     LOG2E,
     dot_tile,
     dropped,
-    e_both,
     finite_or,
     head,
     kept,
@@ -41,7 +40,6 @@ from ._tile import (
     lse_of,
     natural_of,
     p_both,
-    p_col_of,
     s_tile,
     store_row,
     store_tile,
@@ -92,6 +90,12 @@ def resident_fwd_kernel(
 ):  # fmt: skip
     """o and lse of both streams; all of stream b is one tile, stream a passes by in tiles.
 
+        e = exp(s - u), u[i] = max_j s;  p_row = e;  p_col = e * exp(u - top) * gain
+
+    gain[j] = exp(top - ref[j]) with one `top` and references `ref` of the columns that stay until a
+    tile exceeds them by 2^10 or lies out of reach; then they are set anew and acc rescaled, as for
+    the first tile. total_n keeps partial sums, so that no tile reduces across lanes or warps.
+
     Grid: chunks of `chunk` rows of a, fastest, times B * H. With SPLIT a program leaves its share
     of b's output, normalised, in part_acc [B * H, chunks, N, DV] and part_lse [B * H, chunks, N].
     """
@@ -107,10 +111,13 @@ def resident_fwd_kernel(
     a_ptr = head(a.qk, bh, H)
     v_ptr = head(a.v, bh, H)
     o_ptr = head(a.o, bh, H)
-    top_n = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    total_n = tl.zeros((BLOCK_N,), tl.float32)
-    acc = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     unit = unit_of(score)
+    top = 0.0
+    ref = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    gain = tl.zeros((BLOCK_N,), tl.float32)
+    stale = 1
+    total_n = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     start = pid % chunks * chunk
     for m0 in range(start, tl.minimum(start + chunk, a.M), BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
@@ -123,7 +130,8 @@ def resident_fwd_kernel(
             s = tl.where(in_m[:, None] & in_n[None, :], s, float("-inf"))
         s_row = tl.where(keep_n[None, :], s, float("-inf")) if b.keep.HAS else s
         s_col = tl.where(keep_m[:, None], s, float("-inf")) if a.keep.HAS else s
-        e, u, r, top, col_max, near = e_both(s, s_row, s_col, unit, keep_m, b.keep.HAS)
+        u = finite_or(tl.max(s_row, 1), 0.0)
+        e = tl.exp2(s * unit - (u * unit)[:, None])
 
         p = tl.where(keep_n[None, :], e, 0.0) if b.keep.HAS else e
         total = tl.sum(p, 1)
@@ -134,18 +142,37 @@ def resident_fwd_kernel(
         lse = lse_of(total, u, natural_of(score))
         store_row(a.lse, bh, offs_m, a.M, lse)
 
-        new_top = tl.maximum(top_n, col_max)
-        p = p_col_of(e, s_col, unit, r, top, col_max, near, new_top)
+        r = tl.where(keep_m, tl.exp2((u - top) * unit), 0.0)
+        p = e * r[:, None] * gain[None, :]
+        over = tl.max(tl.max(p, 1), 0) > 1024.0
+        if b.keep.HAS:  # s may exceed u, and e overflow, at keys that are masked
+            over = over | (tl.max(tl.max(s_col - u[:, None], 1), 0) * unit > 64.0)
+        if over | (stale != 0):
+            new_ref = tl.maximum(ref, tl.max(s_col, 0))
+            safe = finite_or(new_ref, 0.0)
+            alpha = tl.exp2((ref - safe) * unit)
+            acc *= alpha[:, None]
+            total_n *= alpha[None, None, :]
+            ref = new_ref
+            top = finite_or(tl.max(tl.where(keep_m, u, float("-inf")), 0), 0.0)
+            reach = (top - safe) * unit
+            gain = tl.where(ref == float("-inf"), 0.0, tl.exp2(reach))
+            lost = in_n & ((ref == float("-inf")) | (tl.abs(reach) > 80.0))
+            stale = tl.max(lost.to(tl.int32), 0)
+            if over | (stale != 0):
+                p = tl.exp2(s_col * unit - (safe * unit)[None, :])
+            else:
+                r = tl.where(keep_m, tl.exp2((u - top) * unit), 0.0)
+                p = e * r[:, None] * gain[None, :]
         if a.keep.HAS:
             p = tl.where(keep_m[:, None], p, 0.0)
-        alpha = tl.exp2((top_n - finite_or(new_top, 0.0)) * unit)
-        total_n = total_n * alpha + tl.sum(p, 0)
+        total_n += tl.sum(tl.reshape(p, (BLOCK_M // 16, 2, 8, BLOCK_N)), 1)
         if drop.ON:
             p = dropped(p, drop, seed, b.INDEX, a.FLIP, bh, m0, 0)
-        acc = acc * alpha[:, None] + dot_tile(tl.trans(p.to(v_a.dtype)), v_a)
-        top_n = new_top
-    acc = acc / tl.where(total_n == 0.0, 1.0, total_n)[:, None]
-    lse_n = lse_of(total_n, top_n, natural_of(score))
+        acc += dot_tile(tl.trans(p.to(v_a.dtype)), v_a)
+    total = tl.sum(tl.sum(total_n, 0), 0)
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse_n = lse_of(total, ref, natural_of(score))
     if SPLIT:
         offs_d = tl.arange(0, BLOCK_DV)
         ptrs = part_acc + pid.to(tl.int64) * b.M * b.DV
@@ -171,7 +198,7 @@ def merge_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for c in range(0, chunks):
-        share = bh.to(tl.int64) * chunks + c
+        share = tl.cast(bh, tl.int64) * chunks + c
         lse = tl.load(part_lse + share * b.M + offs_n, mask=inside, other=float("-inf"))
         ptrs = part_acc + share * b.M * b.DV + offs_n[:, None] * b.DV + offs_d[None, :]
         o = tl.load(ptrs, mask=inside[:, None] & (offs_d < b.DV)[None, :], other=0.0)
@@ -360,7 +387,7 @@ def sum_kernel(
     dqk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for c in range(0, chunks):
-        base = part + (bh.to(tl.int64) * chunks + c) * b.M * width + offs_n[:, None] * width
+        base = part + (tl.cast(bh, tl.int64) * chunks + c) * b.M * width + offs_n[:, None] * width
         dqk += tl.load(base + offs_d[None, :], mask=in_d, other=0.0)
         dv += tl.load(base + b.D + offs_v[None, :], mask=in_v, other=0.0)
     store_tile(head(gb.dqk, bh, H), gb.dqk, offs_n, b.M, dqk, b.D, BLOCK_D)
@@ -432,12 +459,16 @@ def _resident(kernel: str, x: Stream, y: Stream, widths: dict[str, int]):
     short = min(x.M, y.M)
     if short == 0 or short > choice["BLOCK_N"]:
         return None
-    return choice | dict(BLOCK_N=padded(short)), y.M <= x.M
+    # A warp owns 16 rows of a product: more warps than that would compute the same twice.
+    warps = max(1, min(choice["num_warps"], padded(short) // 16))
+    rows_m = choice["BLOCK_M"] * warps // choice["num_warps"]
+    fitted = dict(BLOCK_M=max(16, rows_m), BLOCK_N=padded(short), num_warps=warps)
+    return choice | fitted, y.M <= x.M
 
 
 def _chunks(a: Stream, heads: int, block: int) -> tuple[int, int]:
-    """How many programs share a head's rows, and rows each: two programs a processor in all."""
-    programs = 2 * lookup.processors(a.qk.ptr.device.index)
+    """How many programs share a head's rows, and rows each: one program a processor in all."""
+    programs = lookup.processors(a.qk.ptr.device.index)
     wanted = max(1, min(tiles(programs, max(heads, 1)), tiles(a.M, block)))
     chunk = tiles(tiles(a.M, block), wanted) * block
     return tiles(a.M, chunk), chunk
