@@ -15,7 +15,7 @@ from typing import Any
 
 from . import cases
 from .measure import ROOT
-from .run import RESULTS
+from .run import QUIET, RESULTS
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 PICTURES = ROOT / "docs" / "benchmarks"
@@ -243,6 +243,16 @@ def provenance(results: dict[str, Result]) -> str:
             extras = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
             tail = f"; {extras}" if extras else ""
             lines.append(f"- `{run['command']}` at {run['commit']}, {run['date']}{tail}")
+    shares = [r.get("others", math.nan) for v in results.values() for r in timed(v)]
+    noisy = sorted(share for share in shares if share > QUIET)
+    unknown = sum(map(math.isnan, shares))
+    if noisy or unknown:
+        text = (
+            f"other work took more than {QUIET:.0%} of the cores in {len(noisy)} of {len(shares)}"
+        )
+        text += f" timings (median {noisy[len(noisy) // 2]:.0%})" if noisy else " timings"
+        text += f", and how much it took in {unknown} is not known" if unknown else ""
+        lines.append(f"- **not quiet**: {text}; shares of the peak are too low then")
     return "\n".join(dict.fromkeys(lines))
 
 
