@@ -115,6 +115,29 @@ def interleaved(calls: dict[str, Callable[[], None]], seconds: float) -> dict[st
     return times
 
 
+class Others:
+    """Share of the machine's cores that other processes used inside the `with` block."""
+
+    share = 0.0
+
+    def __enter__(self) -> "Others":
+        self.start = self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        busy, total, own = (b - a for a, b in zip(self.start, self._read(), strict=True))
+        self.share = max(busy - own, 0.0) / total if total else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        with open("/proc/stat") as f:
+            ticks = [int(word) for word in f.readline().split()[1:9]]
+        own = os.times()
+        rate = os.sysconf("SC_CLK_TCK")
+        idle = ticks[3] + ticks[4]
+        return (sum(ticks) - idle) / rate, sum(ticks) / rate, own.user + own.system
+
+
 def percentile(values: list[float], share: float) -> float:
     """The value that `share` of the others do not exceed, interpolated."""
     return torch.tensor(values, dtype=torch.float64).quantile(share).item()

@@ -15,7 +15,7 @@ from typing import Any
 
 from . import cases
 from .measure import ROOT
-from .run import RESULTS
+from .run import QUIET, RESULTS
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 PICTURES = ROOT / "docs" / "benchmarks"
@@ -243,6 +243,16 @@ def provenance(results: dict[str, Result]) -> str:
             extras = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
             tail = f"; {extras}" if extras else ""
             lines.append(f"- `{run['command']}` at {run['commit']}, {run['date']}{tail}")
+    shares = [r.get("others", math.nan) for v in results.values() for r in timed(v)]
+    noisy = sorted(share for share in shares if share > QUIET)
+    unknown = sum(map(math.isnan, shares))
+    if noisy or unknown:
+        text = (
+            f"other work took more than {QUIET:.0%} of the cores in {len(noisy)} of {len(shares)}"
+        )
+        text += f" timings (median {noisy[len(noisy) // 2]:.0%})" if noisy else " timings"
+        text += f", and how much it took in {unknown} is not known" if unknown else ""
+        lines.append(f"- **not quiet**: {text}; shares of the peak are too low then")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -257,6 +267,12 @@ def fill(page: Path, blocks: dict[str, str]) -> None:
     page.write_text(text)
 
 
+def shown(text: str, *names: str) -> str:
+    """Markdown of those pictures that were drawn."""
+    drawn = [n for n in names if (PICTURES / n).exists()]
+    return "\n".join(f"![{text}]({PICTURES.name}/{n})" for n in drawn)
+
+
 def blocks(results: dict[str, Result]) -> dict[str, str]:
     """Every table by the name of its marker."""
     out = {
@@ -264,6 +280,7 @@ def blocks(results: dict[str, Result]) -> dict[str, str]:
         "overhead": overhead_table(results),
         "scaling": scaling_table(results),
         "machine": provenance(results),
+        "roofline": shown("Roofline", "roofline.png"),
     }
     makers: dict[str, Callable[[Result], str]] = {
         "times": times_table,
@@ -274,6 +291,8 @@ def blocks(results: dict[str, Result]) -> dict[str, str]:
     for op, result in results.items():
         for name, make in makers.items():
             out[f"{op}-{name}"] = make(result)
+        names = f"{op}-ratio.png", f"{op}-n.png"
+        out[f"{op}-pictures"] = shown(f"{op}: ratio to each peer, time and memory over N", *names)
     return out
 
 
@@ -364,6 +383,8 @@ def against_n(op: str, result: Result, plt) -> None:
 
 def roofline(results: dict[str, Result], plt) -> None:
     """GFLOP/s of needed FLOP against needed FLOP per compulsory byte, one thread."""
+    if not any(r["threads"] == 1 for result in results.values() for r in timed(result)):
+        return
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     markers = dict(zip(cases.OPS, "osD^", strict=True))
     for ax, dtype in zip(axes, cases.DTYPES, strict=True):
@@ -431,10 +452,10 @@ def main(argv: list[str]) -> None:
     if args.machine is None:
         parser.error(f"no results in {RESULTS.relative_to(ROOT)}: run benchmarks.run first")
     results = load(args.machine)
+    pictures(results)
     for page in PAGES:
         if page.exists():
             fill(page, blocks(results))
-    pictures(results)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from . import cases, measure, peers
 
 RESULTS = Path(__file__).parent / "results"
 _PERCENTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+QUIET = 0.05  # share of the cores; beyond it a time says little
 _COPY_BYTES = 1 << 28  # far beyond the last-level cache
 
 
@@ -128,7 +129,9 @@ class Cell:
             extension = importlib.import_module("fusedmm._C")
             bf16 = self.dtype == "bf16"
             before = extension.fma_peak(bf16, self.threads)
-            times = measure.interleaved(calls, seconds)
+            with measure.Others() as others:
+                times = measure.interleaved(calls, seconds)
+            out["others"] = others.share
             peak = max(before, extension.fma_peak(bf16, self.threads))
             out["times"] = {
                 name: {p: measure.percentile(t, share) for p, share in _PERCENTILES.items()}
@@ -160,6 +163,8 @@ class Cell:
             text += f"  ratio {record['ratio']:.2f}"
         if "flops" in record:
             text += f"  {record['flops'] / 1e9:.0f} GFLOP/s ({record['share_of_peak']:.0%})"
+        if record.get("others", 0.0) > QUIET:
+            text += f"  NOISY: {record['others']:.0%} of the cores were busy with other work"
         return text + "".join(f"\n    {k}: {v}" for k, v in record["skipped"].items())
 
 
