@@ -19,9 +19,12 @@ bench: build
 test: lint
 	$(PY) -m pytest -q -n 2 -m "not gpu"
 
-# The tests marked gpu: on a real GPU if there is one, else on the virtual one, as sm_80 and sm_90.
+# GPU tests: on a real GPU if there is one, else on the virtual one, as sm_80 and sm_90. Without
+# GPU_TESTS= they are the simulator's own and those of the Triton kernels; GPU_TESTS=tests adds the
+# suites of all ops, which take hours on the virtual GPU.
+GPU_TESTS ?= tests/vgpu tests/test_triton_gpu.py
 test-gpu: build
-	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS)
+	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS) -- $(GPU_TESTS)
 
 # ASan and UBSan on the CPU kernels, for each instruction set of this machine.
 sanitize:
