@@ -21,7 +21,7 @@ test: lint
 
 # GPU tests: on a real GPU if there is one, else on the virtual one, as sm_80 and sm_90. Without
 # GPU_TESTS= they are the simulator's own and those of the Triton kernels; GPU_TESTS=tests adds the
-# suites of all ops, which take hours on the virtual GPU.
+# suites of all ops, which take far longer on the virtual GPU.
 GPU_TESTS ?= tests/vgpu tests/test_triton_gpu.py
 test-gpu: build
 	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS) -- $(GPU_TESTS)

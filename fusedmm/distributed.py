@@ -289,7 +289,7 @@ class _Contrastive(torch.autograd.Function):
         ctx.mark_non_differentiable(n_x, n_y)
         ctx.save_for_backward(x, y, scale, positives, ids_x, ids_y, stats_x, stats_y)
         ctx.options = ring, backend, ignore, smoothing, normalize, want_x, want_y
-        return loss_x, loss_y, n_x, n_y
+        return loss_x.to(scale.dtype), loss_y.to(scale.dtype), n_x, n_y
 
     @staticmethod
     @once_differentiable

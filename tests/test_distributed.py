@@ -370,11 +370,11 @@ def test_compiled_code_may_call_the_ring(results):
 
 
 def test_bytes_per_rank(results):
-    """W - 1 hops of y forward, of y and dy backward, and 24 + 20 bytes of statistics a row."""
+    """W - 1 hops of y forward, of y and dy backward, and 48 + 40 bytes of statistics a row."""
     hops, rows, D, fp32 = WORLD - 1, 32, 16, 4
     tower = rows * D * fp32
     for r in results:
-        assert r["bytes"] == [hops * (3 * tower + rows * (24 + 20)), hops * 3 * tower]
+        assert r["bytes"] == [hops * (3 * tower + rows * (48 + 40)), hops * 3 * tower]
 
 
 def test_one_odd_rank_is_an_error_on_every_rank(results):

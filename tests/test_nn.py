@@ -235,7 +235,6 @@ def test_additive_attention() -> None:
     assert (got[2] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["reference"])
 def test_losses_take_a_backend(backend: str) -> None:
     x, y = (nn.functional.normalize(torch.randn(12, 8), dim=-1) for _ in range(2))
     with fusedmm.use_backend(backend):

@@ -49,7 +49,7 @@ def dino_config(**changes):
 
     return GroundingDinoConfig(
         **{
-            "d_model": D, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 96,
+            "d_model": D, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96,
             "decoder_ffn_dim": 64, "encoder_attention_heads": 8, "decoder_attention_heads": 4,
             "num_queries": 5, "num_feature_levels": 3, "encoder_n_points": 2,
             "decoder_n_points": 2, "max_text_len": 16, "fusion_dropout": 0.0,
@@ -268,7 +268,7 @@ def test_open_clip_losses(kind: str, scale: float) -> None:
     open_clip = library("open_clip")
     ours, theirs = ClipLoss(), open_clip.ClipLoss()
     if kind == "siglip":
-        ours, theirs = SigLipLoss(), open_clip.SigLipLoss()
+        ours, theirs = SigLipLoss(), open_clip.loss.SigLipLoss()
     bias = None if kind == "clip" else -10.0
     inputs = {"image": torch.randn(67, 40), "text": torch.randn(67, 40)}
     nn_parity.assert_parity(Step(ours, scale, bias), Step(theirs, scale, bias), inputs)
@@ -283,7 +283,7 @@ def test_open_clip_constructors() -> None:
     for options in (kinds, {**kinds, "rank": 0, "world_size": 1}):
         for loss in (open_clip.ClipLoss(**options), ClipLoss(**options)):
             assert {k: getattr(loss, k) for k in options} == options
-    for loss in (open_clip.SigLipLoss, SigLipLoss):
+    for loss in (open_clip.loss.SigLipLoss, SigLipLoss):
         assert loss(cache_labels=True, rank=0, world_size=1, dist_impl="gather").rank == 0
 
 
@@ -299,8 +299,8 @@ def test_patch_open_clip() -> None:
     fusedmm.unpatch(loss)
     assert type(loss) is open_clip.ClipLoss and torch.equal(loss(x, y, scale), want)
     coca = open_clip.CoCaLoss(1.0, 1.0)
-    both = nn.ModuleList([open_clip.SigLipLoss(), coca])
-    assert fusedmm.patch(both) == {"0": open_clip.SigLipLoss} and both[1] is coca
+    both = nn.ModuleList([open_clip.loss.SigLipLoss(), coca])
+    assert fusedmm.patch(both) == {"0": open_clip.loss.SigLipLoss} and both[1] is coca
 
 
 def test_import_is_lazy() -> None:
