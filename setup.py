@@ -105,7 +105,9 @@ def extension(parts: str):
     module = CppExtension(
         "fusedmm._C",
         sources,
-        extra_compile_args={"cxx": ["-O2", *WARN, *extra]},
+        # at::parallel_for is serial without -fopenmp. Not a link flag: the symbols then come from
+        # the OpenMP runtime that torch has loaded, whose threads torch.set_num_threads governs.
+        extra_compile_args={"cxx": ["-O2", "-fopenmp", *WARN, *extra]},
         extra_link_args=extra,
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
