@@ -17,6 +17,13 @@ TORCH_LIBRARY(_fusedmm_C, m) {
       "Tensor o_x, Tensor o_y, Tensor lse_x, Tensor lse_y, float? clamp, float scale, "
       "float dropout_p, Tensor? seed, bool[5] needs) -> Tensor[]");
   m.def(
+      "fusion_attention_fwd(Tensor x, Tensor k, Tensor v, Tensor? mask_x, Tensor? mask_y, "
+      "Tensor? bias, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "fusion_attention_bwd(Tensor d_o, Tensor dz, Tensor dlse_x, Tensor dlse_y, Tensor x, "
+      "Tensor k, Tensor v, Tensor? mask_x, Tensor? mask_y, Tensor? bias, Tensor z, Tensor lse_x, "
+      "Tensor lse_y, float dropout_p, Tensor? seed, bool[4] needs) -> Tensor[]");
+  m.def(
       "co_attention_fwd(Tensor q_x, Tensor k_x, Tensor v_x, Tensor q_y, Tensor k_y, Tensor v_y, "
       "Tensor? mask_x, Tensor? mask_y, Tensor? bias_xy, Tensor? bias_yx, float scale_x, "
       "float scale_y, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -54,7 +61,11 @@ TORCH_LIBRARY(_fusedmm_C, m) {
   FMM_IMPL(ns, sigmoid_loss_fwd);     \
   FMM_IMPL(ns, sigmoid_loss_bwd)
 
-TORCH_LIBRARY_IMPL(_fusedmm_C, CPU, m) { FMM_IMPLS(cpu); }
+TORCH_LIBRARY_IMPL(_fusedmm_C, CPU, m) {
+  FMM_IMPLS(cpu);
+  FMM_IMPL(cpu, fusion_attention_fwd);
+  FMM_IMPL(cpu, fusion_attention_bwd);
+}
 #if defined(FMM_WITH_CUDA)
 TORCH_LIBRARY_IMPL(_fusedmm_C, CUDA, m) { FMM_IMPLS(cuda); }
 #endif

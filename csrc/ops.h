@@ -60,7 +60,16 @@ using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 namespace cpu {
 FMM_OPS
-}
+
+Four fusion_attention_fwd(const at::Tensor& x, const at::Tensor& k, const at::Tensor& v,
+                          const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias,
+                          double dropout_p, const OptTensor& seed);
+std::vector<at::Tensor> fusion_attention_bwd(
+    const at::Tensor& d_o, const at::Tensor& dz, const at::Tensor& dlse_x, const at::Tensor& dlse_y,
+    const at::Tensor& x, const at::Tensor& k, const at::Tensor& v, const OptTensor& mask_x,
+    const OptTensor& mask_y, const OptTensor& bias, const at::Tensor& z, const at::Tensor& lse_x,
+    const at::Tensor& lse_y, double dropout_p, const OptTensor& seed, std::array<bool, 4> needs);
+}  // namespace cpu
 namespace cuda {
 FMM_OPS
 }

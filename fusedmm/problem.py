@@ -28,7 +28,7 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionProblem:
-    """Both directions of co_attention or bi_attention."""
+    """Both directions of co_attention, bi_attention or fusion_attention."""
 
     op: str
     B: int
@@ -42,7 +42,7 @@ class AttentionProblem:
 
     def describe(self) -> str:
         """Sizes for an error text."""
-        sides = str(self.x) if self.op == "bi_attention" else f"x: {self.x}, y: {self.y}"
+        sides = f"x: {self.x}, y: {self.y}" if self.op == "co_attention" else str(self.x)
         return f"{check.name(self.dtype)} B={self.B} H={self.H} {sides} on {self.device_type}"
 
 
@@ -133,6 +133,36 @@ def bi_attention(
         qk_x.dtype,
         qk_x.device.type,
         clamped=clamp is not None,
+        dropout=dropout_p > 0.0,
+    )
+
+
+def fusion_attention(x, k, v, mask_x, mask_y, bias, dropout_p) -> AttentionProblem:
+    """Validates the arguments of fusion_attention."""
+    op = "fusion_attention"
+    for arg, t, dims in (("x", x, "B, M, D"), ("k", k, "B, H, N, D"), ("v", v, "B, H, N, Dv")):
+        check.floating(op, arg, t)
+        check.ndim(op, arg, t, dims)
+    B, M, D = x.shape
+    H, N, Dv = k.shape[1], k.shape[2], v.shape[3]
+    check.shape(op, "k", k, (B, H, N, D), "x")
+    check.shape(op, "v", v, (B, H, N, Dv), "k")
+    check.same(op, ("x", x), ("k", k), ("v", v))
+    check.mask(op, "mask_x", mask_x, (B, M), ("x", x))
+    check.mask(op, "mask_y", mask_y, (B, N), ("k", k))
+    if bias is not None:
+        check.floating(op, "bias", bias)
+        check.shape(op, "bias", bias, (B, H, N), "k")
+        check.device(op, ("x", x), ("bias", bias))
+    _common(op, "x", D, None, dropout_p)
+    return AttentionProblem(
+        op,
+        B,
+        H,
+        Side(M, N, D, Dv, mask_y is not None, bias is not None),
+        Side(N, M, D, D, mask_x is not None, bias is not None),
+        x.dtype,
+        x.device.type,
         dropout=dropout_p > 0.0,
     )
 

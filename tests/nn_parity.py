@@ -15,12 +15,12 @@ FLOOR = 0.05
 
 
 def flatten(out: object) -> list[Tensor]:
-    """The tensors in a nest of tuples and dicts, None left out."""
+    """The tensors in a nest of tuples and dicts, anything else left out."""
     if isinstance(out, Tensor):
         return [out]
     if isinstance(out, dict):
         out = tuple(out.values())
-    return [t for part in out or () for t in flatten(part)]
+    return [t for part in out for t in flatten(part)] if isinstance(out, (tuple, list)) else []
 
 
 def results(

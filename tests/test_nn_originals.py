@@ -85,10 +85,14 @@ def dino_pair(block: bool, **changes):
 
 @pytest.mark.parametrize("masks", ["none", "text", "vision", "both"])
 @pytest.mark.parametrize("block", [False, True], ids=["attention", "block"])
+@pytest.mark.parametrize("path", ["absorbed", "direct"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_grounding_dino(block: bool, masks: str, training: bool) -> None:
+def test_grounding_dino(block: bool, masks: str, path: str, training: bool) -> None:
     library("transformers")
-    ours, theirs = (m.train(training) for m in dino_pair(block))
+    width = 96 if path == "absorbed" else 16  # heads of 12 or of 2, 11 tokens against 32 channels
+    ours, theirs = (m.train(training) for m in dino_pair(block, encoder_ffn_dim=width))
+    attention = ours.attn if block else ours
+    assert attention._absorbs(torch.empty(B, M, D), torch.empty(B, N, D)) == (path == "absorbed")
     inputs = {"vision_features": torch.randn(B, M, D), "text_features": torch.randn(B, N, D)}
     for side, size in (("vision", M), ("text", N)):
         if masks in (side, "both"):
@@ -100,12 +104,81 @@ def test_grounding_dino(block: bool, masks: str, training: bool) -> None:
 
     nn_parity.assert_parity(ours, theirs, inputs, call=call)
     args = [inputs.get(k) for k in ("vision_features", "text_features", "vision_mask", "text_mask")]
-    (_, map_v), (_, map_t) = ours(*args)
-    assert map_v is None and map_t is None
-    (_, map_v), (_, map_t) = ours(*args, output_attentions=True)
     (_, want_v), (_, want_t) = theirs(*args)
-    torch.testing.assert_close(map_v, want_v, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(map_t, want_t, atol=1e-6, rtol=1e-5)
+    (_, map_v), (_, map_t) = ours(*args, output_attentions=True)
+    (_, lazy_v), (_, lazy_t) = ours(*args)
+    for lazy, now, want in ((lazy_v, map_v, want_v), (lazy_t, map_t, want_t)):
+        assert repr(lazy) == "LazyMap(not read)"
+        torch.testing.assert_close(now, want, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(torch.add(lazy, 0.0), want, atol=1e-6, rtol=1e-5)
+        assert lazy.shape == want.shape and torch.equal(lazy[0], now[0])
+        assert torch.equal(copy.copy(lazy), now) and torch.equal(1.0 - lazy, 1.0 - now)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_grounding_dino_half(dtype: torch.dtype) -> None:
+    library("transformers")
+    ours, theirs = dino_pair(False)
+    inputs = {
+        "vision_features": torch.randn(B, M, D).to(dtype),
+        "text_features": torch.randn(B, N, D).to(dtype),
+        "vision_attention_mask": padding(M), "text_attention_mask": padding(N),
+    }  # fmt: skip
+    call = lambda m, **k: [out for out, _ in m(**k)]  # noqa: E731
+    nn_parity.assert_parity(ours, theirs, inputs, dtype, call)
+    plain = {k: t.float() if t.is_floating_point() else t for k, t in inputs.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for (got, _), (want, _) in zip(ours(**plain), theirs(**plain), strict=True):
+            assert got.dtype == want.dtype == torch.bfloat16
+            torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)
+
+
+def test_grounding_dino_exact_clamp() -> None:
+    """Scores more than 50000 apart, where the original's softmax is flat below the clamp; and the
+    default, which is the softmax that the clamp cuts off."""
+    library("transformers")
+    ours, theirs = dino_pair(False)
+    ours.exact_clamp = True
+    inputs = {"vision_features": 6e4 * torch.randn(2, M, D), "text_features": torch.randn(2, N, D)}
+    inputs["vision_features"][1] *= 1e-3
+    with torch.no_grad():
+        (want, want_map), (want_t, _) = theirs(**inputs)
+        (got, got_map), (got_t, _) = ours(**inputs)
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(got_t, want_t, atol=1.0, rtol=1e-4)
+        torch.testing.assert_close(torch.add(got_map, 0.0), want_map, atol=1e-5, rtol=1e-4)
+        ours.exact_clamp = False
+        assert not torch.allclose(ours(**inputs)[0][0], want, atol=1e-3, rtol=1e-4)
+        alone = {k: t[1:] for k, t in inputs.items()}
+        torch.testing.assert_close(ours(**alone)[0][0], ours(**inputs)[0][0][1:])
+
+
+def test_grounding_dino_dropout_and_adapters() -> None:
+    """Absorbed and direct drop the same weights; a layer that is more than Linear is called."""
+    ours = BiMultiHeadAttention(D, D, 48, 4, dropout=0.4)
+    args = (torch.randn(B, M, D), torch.randn(B, N, D), padding(M), padding(N))
+
+    def run(module):
+        torch.manual_seed(3)
+        leaves = [t.requires_grad_() for t in args[:2]]
+        outs = nn_parity.flatten(module(*leaves, *args[2:]))
+        return [*outs, *torch.autograd.grad(sum(o.square().sum() for o in outs), leaves)]
+
+    assert ours._absorbs(*args[:2])
+    want = run(ours)
+    for name in ("vision_proj", "values_vision_proj"):
+        hooked = copy.deepcopy(ours)
+        getattr(hooked, name).register_forward_hook(lambda *_: None)
+        assert not hooked._absorbs(*args[:2])
+        for a, b in zip(run(hooked), want, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+    class Adapter(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1.0
+
+    ours.vision_proj = Adapter(D, 48)
+    assert not ours._absorbs(*args[:2])
 
 
 def test_grounding_dino_large_scores() -> None:

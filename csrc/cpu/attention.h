@@ -24,22 +24,27 @@ inline void write_rows(void* out, DType dtype, const float* acc, int64_t row, in
   }
 }
 
-// Sums [N][Dv] of dv, then [N][D] of dk, of one plane and chunk; either may be absent.
+// Sums [N][Dv] of dv, then [N][D] of dk, then [N] of a bias that is one row, of one plane and
+// chunk; any may be absent.
 struct ColumnGrads {
   void *dk, *dv;
+  float* db;
   DType dtype;
   int64_t N, D, Dv;
   float scale;
 
   int64_t ld_k() const { return round_up(D, kLanes); }
   int64_t ld_v() const { return round_up(Dv, kLanes); }
-  int64_t size() const { return N * ((dk ? ld_k() : 0) + (dv ? ld_v() : 0)); }
+  int64_t size() const { return N * ((dk ? ld_k() : 0) + (dv ? ld_v() : 0) + (db ? 1 : 0)); }
   float* at_v(float* acc, int64_t n) const { return acc + n * ld_v(); }
   float* at_k(float* acc, int64_t n) const { return acc + (dv ? N * ld_v() : 0) + n * ld_k(); }
+
+  float* at_b(float* acc, int64_t n) const { return acc + size() - N + n; }
 
   void write(float* acc, int64_t bh, int64_t n0, int64_t n1) const {
     write_rows(dv, dtype, at_v(acc, n0), bh * N + n0, n1 - n0, Dv, ld_v(), 1.0f);
     write_rows(dk, dtype, at_k(acc, n0), bh * N + n0, n1 - n0, D, ld_k(), scale);
+    if (db) std::copy(at_b(acc, n0), at_b(acc, n1), db + bh * N + n0);
   }
 
   // Columns n0..n0 + kBlock of a plane: chunks 1.. are added to the first in order, then written.
@@ -49,6 +54,7 @@ struct ColumnGrads {
       float* from = first + k * size();
       if (dv) add(at_v(first, n0), at_v(from, n0), (n1 - n0) * ld_v());
       if (dk) add(at_k(first, n0), at_k(from, n0), (n1 - n0) * ld_k());
+      if (db) add(at_b(first, n0), at_b(from, n0), n1 - n0);
     }
     write(first, bh, n0, n1);
   }
@@ -66,6 +72,8 @@ struct BiasGrad {
   const int64_t (&stride)[4];
 
   bool rows_shared() const { return data && stride[2] == 0; }
+  // One element a column, and a plane of its own for every (b, h).
+  bool of_columns() const { return rows_shared() && stride[3] != 0; }
   int64_t planes_b(int64_t B) const { return data && stride[0] == 0 ? B : 1; }
   int64_t planes_h(int64_t H) const { return data && stride[1] == 0 ? H : 1; }
 

@@ -1,6 +1,7 @@
 // bi_attention: every score tile is computed once and feeds both softmaxes, forward and backward.
 // Rows of the longer stream (x here) are dealt to tasks; what belongs to the shorter stream (y) is
-// accumulated per task and merged in order. Products: 3 forward, 7 backward.
+// accumulated per task and merged in order. Products: 3 forward, 7 backward. With sum_heads a task
+// visits all heads of its rows, and sums their outputs and gradients before it writes them.
 #include "../bi_attention.h"
 
 #include <algorithm>
@@ -44,6 +45,8 @@ class Tiles {
       : a_(a),
         parallel_(parallel),
         swapped_(swapped),
+        summed_(a.sum_heads),
+        heads_(summed_ ? a.H : 1),
         planes_(a.B * a.H),
         tiles_(ceil_div(a.N, kBlock)),
         rule_(score_rule(a.scale, a.clamp, a.bias, swapped)) {}
@@ -62,8 +65,8 @@ class Tiles {
     w.passed = backward && a_.clamp != kInf ? arena.take<float>(kBlock * kBlock) : nullptr;
   }
 
-  // Mask, bias and dropout of a tile whose raw products are in w.s; scores are left in w.s.
-  void prepare_tile(Common& w, const TileShape& t) const {
+  // Mask, bias and dropout of a tile.
+  void load_tile(Common& w, const TileShape& t) const {
     fill_mask(w.mask, a_.mask_y, a_.mask_x, t.b, t.m0, t.n0, t.cols);
     if (w.bias) load_bias(w.bias, rule_, t.b, t.h, t.m0, t.n0, t.rows, t.cols);
     if (w.drop_row) {
@@ -72,12 +75,25 @@ class Tiles {
       dropout_tile(w.drop_column, a_.dropout, t.bh, swapped_ ? 0 : 1, swapped_, t.m0, t.n0, t.rows,
                    t.cols);
     }
+  }
+
+  // Raw products in w.s become scores.
+  void apply(Common& w, const TileShape& t) const {
     apply_rule(w.s, rule_, w.bias, t.rows, t.nv, w.passed);
   }
+
+  // Row m of a tensor of x's, contiguous: one plane a head, or one for all.
+  int64_t row_of_x(const TileShape& t, int64_t m) const {
+    return (summed_ ? t.b : t.bh) * a_.M + m;
+  }
+  bool first_head(const TileShape& t) const { return t.h % heads_ == 0; }
+  bool last_head(const TileShape& t) const { return t.h % heads_ == heads_ - 1; }
 
   const BiAttention& a_;
   ParallelFor parallel_;
   bool swapped_;
+  bool summed_;    // over the heads, which one task visits
+  int64_t heads_;  // in a task
   int64_t planes_, tiles_;
   ScoreRule rule_;
   Chunks deal_;
@@ -108,15 +124,19 @@ class Forward : Tiles {
   void run() {
     const bool split = deal_.chunks > 1;
     float* partial = split ? Arena::shared().take<float>(planes_ * deal_.chunks * each_) : nullptr;
-    parallel_(planes_ * deal_.chunks, [&](int64_t begin, int64_t end) {
+    parallel_(planes_ / heads_ * deal_.chunks, [&](int64_t begin, int64_t end) {
       Arena& arena = Arena::local();
       Work w;
       make_work(w, arena);
       float* own = split ? nullptr : arena.take<float>(each_);
       for (int64_t t = begin; t < end; ++t) {
-        const Columns c = Columns::at(split ? partial + t * each_ : own, a_.N);
-        task(w, t / deal_.chunks, t % deal_.chunks, c);
-        if (!split) finish_columns(t, c, 0, a_.N);
+        const int64_t group = t / deal_.chunks, chunk = t % deal_.chunks;
+        for (int64_t bh = group * heads_; bh < (group + 1) * heads_; ++bh) {
+          float* acc = split ? partial + (bh * deal_.chunks + chunk) * each_ : own;
+          const Columns c = Columns::at(acc, a_.N);
+          task(w, bh, chunk, c);
+          if (!split) finish_columns(bh, c, 0, a_.N);
+        }
       }
     });
     if (!split) return;
@@ -129,6 +149,7 @@ class Forward : Tiles {
   struct Work : Common {
     U *q, *vx, *kt, *vy, *scratch;
     float *o, *reference, *sum;
+    float* total;  // [chunk_rows][width_y], over heads
     PTile<U> row, column;
     alignas(64) float column_top[kBlock], column_ref[kBlock], column_sum[kBlock];
     float row_top[kBlock];
@@ -144,6 +165,7 @@ class Forward : Tiles {
     const int64_t widest = std::max(a_.D, std::max(a_.Dv_x, a_.Dv_y));
     w.scratch = arena.take<U>(scratch_units<U>(widest));
     w.o = arena.take<float>(super_ * width_y_);
+    w.total = summed_ ? arena.take<float>(deal_.chunk_rows * width_y_) : nullptr;
     w.reference = arena.take<float>(super_);
     w.sum = arena.take<float>(super_);
     w.row = PTile<U>::make(arena, true, false);
@@ -184,19 +206,36 @@ class Forward : Tiles {
           tile(w, t, r, kt, vy, c);
         }
       }
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = bh * a_.M + m0 + i;
-        finish_row(static_cast<char*>(a_.o_x) + row * a_.Dv_y * size_of(a_.qk_x.dtype),
-                   a_.lse_x + row, w.o + i * width_y_, w.reference[i], w.sum[i], a_.qk_x.dtype,
-                   a_.Dv_y, rule_.unit);
+      finish_rows(w, t, m0, rows, m0 - begin);
+    }
+  }
+
+  // Rows m0.. of o_x and lse_x; `at` is their place in the chunk.
+  void finish_rows(Work& w, const TileShape& t, int64_t m0, int64_t rows, int64_t at) const {
+    const int64_t bytes = a_.Dv_y * size_of(a_.qk_x.dtype);
+    for (int64_t i = 0; i < rows; ++i) {
+      float* o = w.o + i * width_y_;
+      void* out = static_cast<char*>(a_.o_x) + row_of_x(t, m0 + i) * bytes;
+      double* lse = a_.lse_x + t.bh * a_.M + m0 + i;
+      if (!summed_) {
+        finish_row(out, lse, o, w.reference[i], w.sum[i], a_.qk_x.dtype, a_.Dv_y, rule_.unit);
+        continue;
       }
+      const float factor = w.sum[i] == 0.0f ? 0.0f : 1.0f / w.sum[i];
+      float* total = w.total + (at + i) * width_y_;
+      for (int64_t j = 0; j < width_y_; ++j) {
+        total[j] = (first_head(t) ? 0.0f : total[j]) + o[j] * factor;
+      }
+      *lse = natural_lse(w.reference[i], w.sum[i], rule_.unit);
+      if (last_head(t)) store_row(out, total, a_.qk_x.dtype, 1.0f, a_.Dv_y);
     }
   }
 
   void tile(Work& w, const TileShape& t, int64_t r, const U* kt, const U* vy,
             const Columns& c) const {
     scores(w.q + r * units<U>(a_.D), kt, t.rows, t.cols, a_.D, w.s);
-    prepare_tile(w, t);
+    load_tile(w, t);
+    apply(w, t);
     float *reference = w.reference + r, *sum = w.sum + r, *o = w.o + r * width_y_;
     const bool masked = !w.mask.full || w.mask.row;
     (masked ? maxima<true> : maxima<false>)(w.s, w.mask, t.rows, t.nv, w.row_top, w.column_top);
@@ -298,17 +337,18 @@ class Backward : Tiles {
       : Tiles(a, swapped, parallel),
         g_(g),
         bias_{g.dbias, g.dbias_stride},
-        group_{a.H, bias_.planes_b(a.B), bias_.planes_h(a.H)} {
+        group_{a.H, bias_.planes_b(a.B), std::max(heads_, bias_.planes_h(a.H))},
+        sums_{g.dqk_y, g.dv_y, nullptr, a.qk_x.dtype, a.N, a.D, a.Dv_y, a.scale} {
     width_ = round_up(a.D, kLanes);
     width_x_ = round_up(a.Dv_x, kLanes);
     width_y_ = round_up(a.Dv_y, kLanes);
     want_ds_ = g.dqk_x || g.dqk_y || g.dbias;
-    sums_ = {g.dqk_y, g.dv_y, a.qk_x.dtype, a.N, a.D, a.Dv_y, a.scale};
+    if (bias_.of_columns() && group_.size() == heads_) std::swap(sums_.db, bias_.data);
     deal_ = chunk_rows(planes_, a.M, sums_.size() * 4);
     if (bias_.rows_shared()) deal_ = {1, round_up(std::max<int64_t>(a.M, 1), kBlock)};
     columns_.init(a, g, want_ds_);
     stay_ = tiles_ * columns_.size() * 4 <= kKeepBytes;
-    super_ = super_rows(stay_, 4 * (2 * width_ + 3 * width_x_ + 2 * width_y_));
+    super_ = super_rows(stay_ || summed_, 4 * (2 * width_ + 3 * width_x_ + 2 * width_y_));
   }
 
   void run() {
@@ -357,10 +397,14 @@ class Backward : Tiles {
 
   struct Work : Common {
     U *q, *d_o, *v, *q_b, *do_b, *column, *scratch;  // of x: A operands, then B operands
-    float *dq, *dv, *dpr, *dpc, *delta_x, *delta_y, *floats;
+    float *dq, *dv;                                  // of the rows at hand
+    float *chunk_dq, *chunk_dv;                      // sums over heads are kept for the whole chunk
+    float *all_s, *all_dpr;                          // tiles of the rows at hand, with sum_heads
+    float *dpr, *dpc, *delta_x, *delta_y, *floats;
     float *lse_x, *low_x, *lse_y, *low_y;  // in scores, high and low
     PTile<U> p_row, p_column, ds;
     alignas(64) float column_lse[kBlock], column_low[kBlock], column_delta[kBlock];
+    alignas(64) float column_ds[kBlock];
   };
 
   void make_work(Work& w, Arena& arena) const {
@@ -375,9 +419,12 @@ class Backward : Tiles {
     w.column = arena.take<U>((stay_ ? tiles_ : 1) * columns_.size());
     w.scratch = arena.take<U>(scratch_units<U>(widest));
     w.floats = arena.take<float>(2 * widest);
-    w.dq = arena.take<float>(super_ * width_);
-    w.dv = arena.take<float>(super_ * width_x_);
-    w.dpr = arena.take<float>(kBlock * kBlock);
+    const int64_t rows = summed_ ? deal_.chunk_rows : super_;
+    w.chunk_dq = arena.take<float>(rows * width_);
+    w.chunk_dv = one_dx() ? w.chunk_dq : arena.take<float>(rows * width_x_);
+    w.all_s = summed_ ? arena.take<float>(tiles_ * kBlock * kBlock) : w.s;
+    w.all_dpr = arena.take<float>((summed_ ? tiles_ : 1) * kBlock * kBlock);
+    w.dpr = w.all_dpr;
     w.dpc = arena.take<float>(kBlock * kBlock);
     w.lse_x = arena.take<float>(super_);
     w.low_x = arena.take<float>(super_);
@@ -429,11 +476,16 @@ class Backward : Tiles {
     for (int64_t i = 0; i < rows; ++i) {
       const Lse2 lse = split_lse(g_.lse_x[row + i], rule_.unit);
       w.lse_x[i] = lse.high, w.low_x[i] = lse.low;
-      w.delta_x[i] = row_delta(d_o, o, g_.dlse_x + row, i, a_.Dv_y, w.floats);
+      w.delta_x[i] =
+          summed_ ? -g_.dlse_x[row + i] : row_delta(d_o, o, g_.dlse_x + row, i, a_.Dv_y, w.floats);
     }
+    if (!first_head(t)) return;
     std::fill(w.dq, w.dq + rows * width_, 0.0f);
     std::fill(w.dv, w.dv + rows * width_x_, 0.0f);
   }
+
+  // x is queries, keys and values in one tensor, whose gradient is one sum.
+  bool one_dx() const { return summed_ && g_.dqk_x && g_.dqk_x == g_.dv_x; }
 
   void task(Work& w, int64_t bh, int64_t chunk, float* acc) const {
     const int64_t begin = chunk * deal_.chunk_rows;
@@ -449,34 +501,82 @@ class Backward : Tiles {
       w.delta_y[n] = row_delta(d_o, o, g_.dlse_y + bh * a_.N, n, a_.Dv_x, w.floats);
     }
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
-      const int64_t rows = std::min(super_, end - m0);
+      const int64_t rows = std::min(super_, end - m0), at = summed_ ? m0 - begin : 0;
+      w.dq = w.chunk_dq + at * width_, w.dv = w.chunk_dv + at * width_x_;
       pack_rows(w, t, m0, rows);
-      for (int64_t n0 = 0; n0 < a_.N; n0 += kBlock) {
+      auto columns = [&](int64_t n0, bool pack) {
         U* column = w.column + (stay_ ? n0 / kBlock : 0) * columns_.size();
         t.n0 = n0;
         t.cols = static_cast<int>(std::min<int64_t>(kBlock, a_.N - n0));
         t.nv = vectors(t.cols);
-        if (!stay_ || m0 == begin) pack_columns(w, t, column);
+        if (!stay_ || pack) pack_columns(w, t, column);
+        return column;
+      };
+      if (summed_) {
+        t.m0 = m0, t.rows = static_cast<int>(rows);
+        for (int64_t n0 = 0; n0 < a_.N; n0 += kBlock) {
+          const U* column = columns(n0, m0 == begin);
+          products(w, t, 0, column);
+          if (want_ds_) add_deltas(w, t);
+        }
+      }
+      for (int64_t n0 = 0; n0 < a_.N; n0 += kBlock) {
+        const U* column = columns(n0, !summed_ && m0 == begin);
         for (int64_t r = 0; r < rows; r += kBlock) {
           t.m0 = m0 + r;
           t.rows = static_cast<int>(std::min<int64_t>(kBlock, rows - r));
           tile(w, t, r, column, acc);
         }
       }
-      write_rows(g_.dqk_x, dtype, w.dq, bh * a_.M + m0, rows, a_.D, width_, a_.scale);
-      write_rows(g_.dv_x, dtype, w.dv, bh * a_.M + m0, rows, a_.Dv_x, width_x_, 1.0f);
+      if (!last_head(t)) continue;
+      const int64_t row = row_of_x(t, m0);
+      write_rows(g_.dqk_x, dtype, w.dq, row, rows, a_.D, width_, a_.scale);
+      if (!one_dx()) write_rows(g_.dv_x, dtype, w.dv, row, rows, a_.Dv_x, width_x_, 1.0f);
+    }
+  }
+
+  // Scores and products with the values of a tile.
+  void products(Work& w, const TileShape& t, int64_t r, const U* column) const {
+    if (summed_) {
+      const int64_t at = t.n0 / kBlock * kBlock * kBlock;
+      w.s = w.all_s + at, w.dpr = w.all_dpr + at;
+    }
+    scores(w.q + r * units<U>(a_.D), column, t.rows, t.cols, a_.D, w.s);
+    if (want_ds_) {
+      scores(w.d_o + r * units<U>(a_.Dv_y), column + columns_.kt, t.rows, t.cols, a_.Dv_y, w.dpr);
+    }
+    load_tile(w, t);
+    apply(w, t);
+  }
+
+  // delta_x where o_x was summed over heads and is not at hand: p * dp over the columns.
+  void add_deltas(Work& w, const TileShape& t) const {
+    const Vec exponent = splat(rule_.unit.exponent);
+    for (int i = 0; i < t.rows; ++i) {
+      const Vec lse = splat(w.lse_x[i]), low = splat(w.low_x[i]);
+      Vec total{};
+      for (int v = 0; v < t.nv; ++v) {
+        const int at = i * kBlock + v * kLanes;
+        const Vec p = exp2((load(w.s + at) - lse - low) * exponent);
+        Vec dp = load(w.dpr + at);
+        if (w.drop_row) dp *= load(w.drop_row + at);
+        total += select(w.mask.columns(v), p * dp, Vec{});
+      }
+      w.delta_x[i] += sum(total);
     }
   }
 
   void tile(Work& w, const TileShape& t, int64_t r, const U* column, float* acc) const {
-    const U *kt = column, *vt = kt + columns_.kt, *dot = vt + columns_.vt, *k = dot + columns_.dot,
+    const U *dot = column + columns_.kt + columns_.vt, *k = dot + columns_.dot,
             *d_o = k + columns_.k;
-    scores(w.q + r * units<U>(a_.D), kt, t.rows, t.cols, a_.D, w.s);
-    if (want_ds_) {
-      scores(w.d_o + r * units<U>(a_.Dv_y), vt, t.rows, t.cols, a_.Dv_y, w.dpr);
-      scores(w.v + r * units<U>(a_.Dv_x), dot, t.rows, t.cols, a_.Dv_x, w.dpc);
+    if (!summed_) {
+      products(w, t, r, column);
+    } else {
+      const int64_t at = t.n0 / kBlock * kBlock * kBlock;
+      w.s = w.all_s + at, w.dpr = w.all_dpr + at;
+      load_tile(w, t);
     }
-    prepare_tile(w, t);
+    if (want_ds_) scores(w.v + r * units<U>(a_.Dv_x), dot, t.rows, t.cols, a_.Dv_x, w.dpc);
     std::copy(w.lse_y + t.n0, w.lse_y + t.n0 + t.cols, w.column_lse);
     std::fill(w.column_lse + t.cols, w.column_lse + kBlock, kInf);
     std::copy(w.low_y + t.n0, w.low_y + t.n0 + t.cols, w.column_low);
@@ -492,6 +592,10 @@ class Backward : Tiles {
     }
     const int64_t block = r / kBlock;
     float *dv_y = sums_.at_v(acc, t.n0), *dk_y = sums_.at_k(acc, t.n0);
+    if (sums_.db) {
+      float* db = sums_.at_b(acc, t.n0);
+      for (int j = 0; j < t.cols; ++j) db[j] += w.column_ds[j];
+    }
     if (g_.dv_y) {
       times_columns(w.p_row, t.rows, t.cols, w.do_b + block * b_units<U>(kBlock, a_.Dv_y), t.rows,
                     vectors(a_.Dv_y), dv_y, width_y_);
@@ -512,6 +616,7 @@ class Backward : Tiles {
   template <bool kMasked, bool kOneExp>
   void gradients(Work& w, const TileShape& t, int64_t r) const {
     const Vec exponent = splat(rule_.unit.exponent);
+    std::fill(w.column_ds, w.column_ds + kBlock, 0.0f);
     for (int i = 0; i < t.rows; ++i) {
       const int row = i * kBlock;
       const bool kept = !kMasked || w.mask.row_kept(i);
@@ -537,7 +642,8 @@ class Backward : Tiles {
             dq *= load(w.drop_column + row + at);
           }
           Vec ds = p * (dp - row_delta) + q * (dq - load(w.column_delta + at));
-          if (g_.dbias) bias_.add(t, i, v, ds, shared);
+          if (bias_.data) bias_.add(t, i, v, ds, shared);
+          if (sums_.db) store(w.column_ds + at, load(w.column_ds + at) + ds);
           if (w.passed) ds = load(w.passed + row + at) == Vec{} ? Vec{} : ds;
           w.ds.put_rm(i, v, ds);
           if (PTile<U>::kTwo) w.ds.put_tr(i, v, ds);
@@ -576,12 +682,12 @@ void launch(const BiAttention& a, bool swapped, ParallelFor parallel, Args&&... 
 }  // namespace
 
 void bi_attention_fwd(const BiAttention& a, ParallelFor parallel) {
-  const bool swap = a.N > a.M;
+  const bool swap = a.N > a.M && !a.sum_heads;
   launch<Forward>(swap ? exchanged(a) : a, swap, parallel);
 }
 
 void bi_attention_bwd(const BiAttention& a, const BiAttentionGrad& g, ParallelFor parallel) {
-  const bool swap = a.N > a.M;
+  const bool swap = a.N > a.M && !a.sum_heads;
   const BiAttentionGrad grad = swap ? exchanged(g) : g;
   launch<Backward>(swap ? exchanged(a) : a, swap, parallel, grad);
 }

@@ -85,4 +85,72 @@ std::vector<at::Tensor> bi_attention_bwd(
   return grads;
 }
 
+namespace {
+
+// x [B, M, C] as every head sees it: queries, keys and values, stride 0 over heads.
+BiAttention fusion_params(const at::Tensor& x, const at::Tensor& k, const at::Tensor& v,
+                          const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias,
+                          at::Tensor& hold, double dropout_p, const OptTensor& seed) {
+  FMM_CHECK(x.dim() == 3 && k.dim() == 4, "x has 3 dims, k 4");
+  const at::Tensor heads = x.unsqueeze(1).expand({x.size(0), k.size(1), x.size(1), x.size(2)});
+  check_shape(bias, {k.size(0), k.size(1), k.size(2)}, "bias");
+  const OptTensor row = bias ? OptTensor(bias->unsqueeze(2)) : OptTensor();
+  BiAttention a =
+      params(heads, k, heads, v, mask_x, mask_y, row, hold, std::nullopt, 1.0, dropout_p, seed);
+  a.sum_heads = true;
+  return a;
+}
+
+}  // namespace
+
+Four fusion_attention_fwd(const at::Tensor& x, const at::Tensor& k, const at::Tensor& v,
+                          const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias,
+                          double dropout_p, const OptTensor& seed) {
+  at::Tensor hold;
+  BiAttention a = fusion_params(x, k, v, mask_x, mask_y, bias, hold, dropout_p, seed);
+  at::Tensor o = at::empty({a.B, a.M, a.Dv_y}, x.options());
+  at::Tensor z = at::empty({a.B, a.H, a.N, a.D}, x.options());
+  at::Tensor lse_x = at::empty({a.B, a.H, a.M}, x.options().dtype(at::kDouble));
+  at::Tensor lse_y = at::empty({a.B, a.H, a.N}, x.options().dtype(at::kDouble));
+  a.o_x = o.data_ptr(), a.o_y = z.data_ptr();
+  a.lse_x = lse_x.data_ptr<double>(), a.lse_y = lse_y.data_ptr<double>();
+  if (a.B * a.H > 0) kernels().bi_attention_fwd(a, parallel_for);
+  return {o, z, lse_x, lse_y};
+}
+
+std::vector<at::Tensor> fusion_attention_bwd(
+    const at::Tensor& d_o, const at::Tensor& dz, const at::Tensor& dlse_x, const at::Tensor& dlse_y,
+    const at::Tensor& x, const at::Tensor& k, const at::Tensor& v, const OptTensor& mask_x,
+    const OptTensor& mask_y, const OptTensor& bias, const at::Tensor& z, const at::Tensor& lse_x,
+    const at::Tensor& lse_y, double dropout_p, const OptTensor& seed, std::array<bool, 4> needs) {
+  at::Tensor hold;
+  const BiAttention a = fusion_params(x, k, v, mask_x, mask_y, bias, hold, dropout_p, seed);
+  check_shape(d_o, {a.B, a.M, a.Dv_y}, "d_o");
+  for (const at::Tensor& t : {dz, z}) check_shape(t, {a.B, a.H, a.N, a.D}, "z");
+  for (const at::Tensor& t : {lse_x, dlse_x}) check_shape(t, {a.B, a.H, a.M}, "lse_x");
+  for (const at::Tensor& t : {lse_y, dlse_y}) check_shape(t, {a.B, a.H, a.N}, "lse_y");
+  const at::Tensor lx = contiguous_double(lse_x), ly = contiguous_double(lse_y);
+  const at::Tensor dlx = contiguous_float(dlse_x), dly = contiguous_float(dlse_y);
+  BiAttentionGrad g{};
+  g.do_x = tensor4(d_o.unsqueeze(1).expand({a.B, a.H, a.M, a.Dv_y}));
+  g.do_y = tensor4(dz), g.o_y = tensor4(z);
+  g.lse_x = lx.const_data_ptr<double>(), g.lse_y = ly.const_data_ptr<double>();
+  g.dlse_x = dlx.const_data_ptr<float>(), g.dlse_y = dly.const_data_ptr<float>();
+  std::vector<at::Tensor> grads;
+  auto result = [&](bool need, const at::Tensor& like, const at::TensorOptions& options) -> void* {
+    if (!need) return nullptr;
+    grads.push_back(at::empty(like.sizes(), options));
+    return grads.back().data_ptr();
+  };
+  g.dqk_x = g.dv_x = result(needs[0], x, x.options());
+  g.dqk_y = result(needs[1], k, k.options()), g.dv_y = result(needs[2], v, v.options());
+  if (needs[3]) {
+    g.dbias = static_cast<float*>(result(true, *bias, bias->options().dtype(at::kFloat)));
+    g.dbias_stride[0] = a.H * a.N, g.dbias_stride[1] = a.N, g.dbias_stride[3] = 1;
+  }
+  if (a.B * a.H > 0) kernels().bi_attention_bwd(a, g, parallel_for);
+  if (needs[3]) grads.back() = grads.back().to(bias->scalar_type());
+  return grads;
+}
+
 }  // namespace fmm::cpu

@@ -179,7 +179,7 @@ class Backward : Side {
         bias_{g_.dbias, g_.dbias_stride},
         group_{a.H, bias_.planes_b(a.B), bias_.planes_h(a.H)} {
     want_ds_ = g_.dq || g_.dk || g_.dbias;
-    sums_ = {g_.dk, g_.dv, s_.q.dtype, s_.N, s_.D, s_.Dv, s_.scale};
+    sums_ = {g_.dk, g_.dv, nullptr, s_.q.dtype, s_.N, s_.D, s_.Dv, s_.scale};
     deal_ = chunk_rows(planes_, s_.M, sums_.size() * 4);
     if (bias_.rows_shared()) deal_ = {1, round_up(std::max<int64_t>(s_.M, 1), kBlock)};
     kt_ = bt_units<U>(kBlock, s_.D);

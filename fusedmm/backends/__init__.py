@@ -26,6 +26,9 @@ for _name, _folder in _FOLDER.items():
     for _op in OPS:
         if _name not in _missing:
             _modules[_name, _op] = importlib.import_module(f"{__name__}.{_folder}.{_op}")
+for _name in ("cpu", "reference"):
+    _path = f"{__name__}.{_FOLDER[_name]}.fusion_attention"
+    _modules[_name, "fusion_attention"] = importlib.import_module(_path)
 for _name, _folder in _RETRIEVAL_FOLDER.items():
     for _op in RETRIEVAL:
         _modules[_name, _op] = importlib.import_module(f"{__name__}.{_folder}.{_op}")

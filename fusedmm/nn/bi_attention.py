@@ -1,7 +1,8 @@
-"""GLIP's and Grounding DINO's fusion as modules around `fusedmm.bi_attention`.
+"""GLIP's and Grounding DINO's fusion as modules around `fusedmm.bi_attention` and, where vision's
+weights can be absorbed into text, `fusion_attention`.
 
 Parameter names are those of Transformers' Grounding DINO; GLIP's own names load as well. Masks are
-bool, True = padding, as in Grounding DINO. Left out: absorbing the projections into the scores.
+bool, True = padding, as in Grounding DINO.
 """
 
 import torch
@@ -9,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.bi_attention import bi_attention
+from ..ops.fusion_attention import fusion_attention
+from .lazy import LazyMap
 from .masks import masked_softmax
 
-# The limit on scores in all three models; fp16 ends at 65504.
+# The originals' limit on scores; fp16 ends at 65504.
 CLAMP = 50000.0
 
 # Names in GLIP's code and IDEA's Grounding DINO -> names here.
@@ -39,20 +42,34 @@ def _rename(state_dict: dict[str, Tensor], prefix: str, names: dict[str, str]) -
             state_dict[prefix + names[head] + dot + tail] = state_dict.pop(key)
 
 
+def _plain(module: nn.Module) -> bool:
+    """Whether a layer is its weight and bias and nothing more: no adapter, no hook."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return type(module) is nn.Linear and module.bias is not None and not hooked
+
+
 class BiMultiHeadAttention(nn.Module):
     """Multi-head attention both ways between vision and text, from one score matrix.
 
-        s = clamp(vision_proj(v) @ text_proj(l).mT / sqrt(head_dim), -50000, 50000)     # per head
+        s = vision_proj(v) @ text_proj(l).mT / sqrt(head_dim)                           # per head
         v_out = out_vision_proj(softmax(s, over text) @ values_text_proj(l))
         l_out = out_text_proj(softmax(s, over vision).mT @ values_vision_proj(v))
 
-    The original subtracts the largest score before it clamps; the softmax is the same as long as no
-    score lies 50000 below the largest. A token without a key gives the output bias, not NaN.
+    Vision only ever meets weights, so where that takes fewer products (text_tokens * (v_dim -
+    head_dim) < v_dim * head_dim) and on a CPU they are multiplied into text instead, in fp32 or
+    wider, and nothing of vision is projected: the same function, its gradients too, with a fraction
+    of what is kept for backward. Layers that are more than `nn.Linear` (adapters, hooks) are called
+    as they are.
+
+    The original subtracts the largest score of the whole batch and clamps to +-50000: the softmax
+    is the same as long as no score lies 50000 below the largest; `exact_clamp` reproduces it. A
+    token without a key gives the output bias, not NaN.
 
     Args:
         v_dim, l_dim: widths of vision and text.
         embed_dim: joint width; divisible by `num_heads`.
         dropout: probability on the attention weights, in training.
+        exact_clamp: the original's equation to the letter; stores the scores.
         backend: a fusedmm backend name, None for the first that accepts.
     Raises: ValueError, embed_dim not divisible.
     Source: GLIP, arXiv:2112.03857; Grounding DINO, arXiv:2303.05499.
@@ -61,6 +78,7 @@ class BiMultiHeadAttention(nn.Module):
     # On the class, so that an original whose class is exchanged for this one has them too.
     backend: str | None = None
     output_attentions = False
+    exact_clamp = False
 
     def __init__(
         self,
@@ -70,6 +88,7 @@ class BiMultiHeadAttention(nn.Module):
         num_heads: int,
         dropout: float = 0.1,
         *,
+        exact_clamp: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -83,6 +102,7 @@ class BiMultiHeadAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         self.scale = self.head_dim**-0.5
         self.dropout = dropout
+        self.exact_clamp = exact_clamp
         self.backend = backend
         self.vision_proj = nn.Linear(v_dim, embed_dim)
         self.text_proj = nn.Linear(l_dim, embed_dim)
@@ -98,9 +118,6 @@ class BiMultiHeadAttention(nn.Module):
         _rename(state_dict, prefix, _ATTENTION_KEYS)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _heads(self, t: Tensor) -> Tensor:
-        return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, tokens, head_dim]
-
     def forward(
         self,
         vision_features: Tensor,
@@ -108,37 +125,121 @@ class BiMultiHeadAttention(nn.Module):
         vision_attention_mask: Tensor | None = None,
         text_attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
-    ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    ) -> tuple[tuple[Tensor, Tensor | LazyMap | None], tuple[Tensor, Tensor | LazyMap | None]]:
         """Attends both ways.
 
         Args:
             vision_features: [B, M, v_dim]; text_features: [B, N, l_dim].
             vision_attention_mask, text_attention_mask: [B, M], [B, N] bool, True = padding.
-            output_attentions: also compute the maps, M x N of memory; default the attribute of that
-                name, False.
+            output_attentions: compute the maps, M x N of memory; default the attribute of that
+                name, False: they are computed when read.
         Returns: ((v_out [B, M, v_dim], map), (l_out [B, N, l_dim], map)); the maps, without
-            dropout, are [B * H, M, N] and [B * H, N, M], as in the original, or None.
+            dropout, are [B * H, M, N] and [B * H, N, M], as in the original; None where
+            torch.compile or torch.export traces and output_attentions is False.
         """
-        qk_v = self._heads(self.vision_proj(vision_features))
-        qk_l = self._heads(self.text_proj(text_features))
-        v_v = self._heads(self.values_vision_proj(vision_features))
-        v_l = self._heads(self.values_text_proj(text_features))
-        keep_v, keep_l = (
+        x, y = vision_features, text_features
+        keep_x, keep_y = (
             None if m is None else ~m.bool() for m in (vision_attention_mask, text_attention_mask)
         )
-        o_v, o_l = bi_attention(
-            qk_v, qk_l, v_v, v_l,
-            mask_x=keep_v, mask_y=keep_l, clamp=CLAMP, scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
-        )  # fmt: skip
-        map_v = map_l = None
+        attend = self._direct
+        if self.exact_clamp:
+            attend = self._stored
+        elif self._absorbs(x, y):
+            attend = self._absorbed
+        p = self.dropout if self.training else 0.0
+        out_x, out_y = attend(x, y, keep_x, keep_y, p)
+
+        def map_x() -> Tensor:
+            return masked_softmax(self._scores(x, y)[0], keep_y).flatten(0, 1)
+
+        def map_y() -> Tensor:
+            return masked_softmax(self._scores(x, y)[1], keep_x).flatten(0, 1)
+
         if self.output_attentions if output_attentions is None else output_attentions:
-            s = (qk_v * self.scale @ qk_l.mT).clamp(-CLAMP, CLAMP)
-            map_v = masked_softmax(s, keep_l).flatten(0, 1)
-            map_l = masked_softmax(s.mT, keep_v).flatten(0, 1)
-        out_v = self.out_vision_proj(o_v.transpose(1, 2).flatten(2))
-        out_l = self.out_text_proj(o_l.transpose(1, 2).flatten(2))
-        return (out_v, map_v), (out_l, map_l)
+            return (out_x, map_x()), (out_y, map_y())
+        if torch.compiler.is_compiling():
+            return (out_x, None), (out_y, None)
+        return (out_x, LazyMap(map_x)), (out_y, LazyMap(map_y))
+
+    def _heads(self, t: Tensor) -> Tensor:
+        return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, tokens, head_dim]
+
+    def _merge(self, layer: nn.Module, o: Tensor) -> Tensor:
+        return layer(o.transpose(1, 2).flatten(2))
+
+    def _direct(self, x, y, keep_x, keep_y, p: float) -> tuple[Tensor, Tensor]:
+        o_x, o_y = bi_attention(
+            self._heads(self.vision_proj(x)), self._heads(self.text_proj(y)),
+            self._heads(self.values_vision_proj(x)), self._heads(self.values_text_proj(y)),
+            mask_x=keep_x, mask_y=keep_y, scale=self.scale, dropout_p=p, backend=self.backend,
+        )  # fmt: skip
+        return self._merge(self.out_vision_proj, o_x), self._merge(self.out_text_proj, o_y)
+
+    def _absorbs(self, x: Tensor, y: Tensor) -> bool:
+        C, d = x.shape[-1], self.head_dim
+        if not (C <= d or y.shape[1] * (C - d) < C * d):
+            return False
+        return x.device.type == "cpu" and all(map(_plain, self.children()))
+
+    def _absorbed(self, x, y, keep_x, keep_y, p: float) -> tuple[Tensor, Tensor]:
+        """Per head, with q = x @ wq.mT + bq and k, v those of text: s = x @ (k @ wq).mT + k @ bq,
+        o = p_x @ (v @ wo.mT), which is summed over heads, and o_y = (p_y @ x) @ wv.mT + bv."""
+        dtype = torch.promote_types(y.dtype, torch.float32)
+
+        def weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+            w, b = layer.weight.to(dtype), layer.bias.to(dtype)
+            return w.unflatten(0, (self.num_heads, -1)), b.unflatten(0, (self.num_heads, -1))
+
+        with torch.autocast(x.device.type, enabled=False):
+            text = y.to(dtype)
+            key, value = (
+                self._heads(F.linear(text, m.weight.to(dtype), m.bias.to(dtype)))
+                for m in (self.text_proj, self.values_text_proj)
+            )  # [B, H, N, d]
+            key = key * self.scale
+            wq, bq = weights(self.vision_proj)  # [H, d, C], [H, d]
+            k, bias = key @ wq, (key @ bq[..., None]).squeeze(-1)
+            wo = self.out_vision_proj.weight.to(dtype).unflatten(1, (self.num_heads, -1))
+            v = value @ wo.permute(1, 2, 0)  # [B, H, N, C]
+        stream = x
+        if p:  # a column of ones: its score is the bias, its z what dropout leaves of sum(p_y)
+            stream, k, bias = F.pad(x, (0, 1), value=1.0), torch.cat([k, bias[..., None]], -1), None
+        o, z = fusion_attention(
+            stream, k.to(x.dtype), v.to(x.dtype),
+            mask_x=keep_x, mask_y=keep_y, bias=bias, dropout_p=p, backend=self.backend,
+        )  # fmt: skip
+        with torch.autocast(x.device.type, enabled=False):
+            wv, bv = weights(self.values_vision_proj)
+            o_y, bv = (
+                z[..., : x.shape[-1]].to(dtype) @ wv.mT,
+                bv[:, None],
+            )  # [B, H, N, d], [H, 1, d]
+            if p:
+                bv = z[..., -1:].to(dtype) * bv
+            elif keep_x is not None:
+                bv = keep_x.any(-1)[:, None, None, None] * bv
+            merged = (o_y + bv).transpose(1, 2).flatten(2)
+            last = self.out_text_proj
+            out_y = F.linear(merged, last.weight.to(dtype), last.bias.to(dtype))
+        return o + self.out_vision_proj.bias.to(o.dtype), out_y.to(o.dtype)
+
+    def _scores(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [B, H, M, N] for softmax over text, and [B, H, N, M] for softmax over vision."""
+        q, k = self._heads(self.vision_proj(x) * self.scale), self._heads(self.text_proj(y))
+        s = q @ k.mT
+        if not self.exact_clamp:
+            return s, s.mT
+        s = (s - s.max()).clamp(-CLAMP, CLAMP)
+        return s, (s.mT - s.mT.amax(-1, keepdim=True)).clamp(-CLAMP, CLAMP)
+
+    def _stored(self, x, y, keep_x, keep_y, p: float) -> tuple[Tensor, Tensor]:
+        s_x, s_y = self._scores(x, y)
+        p_x, p_y = (
+            F.dropout(masked_softmax(s, keep), p) for s, keep in ((s_x, keep_y), (s_y, keep_x))
+        )
+        o_x = p_x @ self._heads(self.values_text_proj(y))
+        o_y = p_y @ self._heads(self.values_vision_proj(x))
+        return self._merge(self.out_vision_proj, o_x), self._merge(self.out_text_proj, o_y)
 
 
 class DropPath(nn.Module):
