@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..ops.bi_attention import bi_attention
 from ..ops.fusion_attention import fusion_attention
+from ..ops.linear import linear
 from .lazy import LazyMap
 from .masks import masked_softmax
+from .project import plain, project
 
 # The originals' limit on scores; fp16 ends at 65504.
 CLAMP = 50000.0
@@ -40,12 +42,6 @@ def _rename(state_dict: dict[str, Tensor], prefix: str, names: dict[str, str]) -
         head, dot, tail = key.removeprefix(prefix).partition(".")
         if head in names:
             state_dict[prefix + names[head] + dot + tail] = state_dict.pop(key)
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether a layer is its weight and bias and nothing more: no adapter, no hook."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is nn.Linear and module.bias is not None and not hooked
 
 
 class BiMultiHeadAttention(nn.Module):
@@ -165,12 +161,13 @@ class BiMultiHeadAttention(nn.Module):
         return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, tokens, head_dim]
 
     def _merge(self, layer: nn.Module, o: Tensor) -> Tensor:
-        return layer(o.transpose(1, 2).flatten(2))
+        return project(o.transpose(1, 2).flatten(2), layer)[0]
 
     def _direct(self, x, y, keep_x, keep_y, p: float) -> tuple[Tensor, Tensor]:
+        qk_x, v_x = map(self._heads, project(x, self.vision_proj, self.values_vision_proj))
+        qk_y, v_y = map(self._heads, project(y, self.text_proj, self.values_text_proj))
         o_x, o_y = bi_attention(
-            self._heads(self.vision_proj(x)), self._heads(self.text_proj(y)),
-            self._heads(self.values_vision_proj(x)), self._heads(self.values_text_proj(y)),
+            qk_x, qk_y, v_x, v_y,
             mask_x=keep_x, mask_y=keep_y, scale=self.scale, dropout_p=p, backend=self.backend,
         )  # fmt: skip
         return self._merge(self.out_vision_proj, o_x), self._merge(self.out_text_proj, o_y)
@@ -179,7 +176,8 @@ class BiMultiHeadAttention(nn.Module):
         C, d = x.shape[-1], self.head_dim
         if not (C <= d or y.shape[1] * (C - d) < C * d):
             return False
-        return x.device.type == "cpu" and all(map(_plain, self.children()))
+        layers = self.children()
+        return x.device.type == "cpu" and all(plain(m) and m.bias is not None for m in layers)
 
     def _absorbed(self, x, y, keep_x, keep_y, p: float) -> tuple[Tensor, Tensor]:
         """Per head, with q = x @ wq.mT + bq and k, v those of text: s = x @ (k @ wq).mT + k @ bq,
@@ -193,7 +191,7 @@ class BiMultiHeadAttention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             text = y.to(dtype)
             key, value = (
-                self._heads(F.linear(text, m.weight.to(dtype), m.bias.to(dtype)))
+                self._heads(linear(text, m.weight.to(dtype), m.bias.to(dtype)))
                 for m in (self.text_proj, self.values_text_proj)
             )  # [B, H, N, d]
             key = key * self.scale
@@ -220,7 +218,7 @@ class BiMultiHeadAttention(nn.Module):
                 bv = keep_x.any(-1)[:, None, None, None] * bv
             merged = (o_y + bv).transpose(1, 2).flatten(2)
             last = self.out_text_proj
-            out_y = F.linear(merged, last.weight.to(dtype), last.bias.to(dtype))
+            out_y = linear(merged, last.weight.to(dtype), last.bias.to(dtype))
         return o + self.out_vision_proj.bias.to(o.dtype), out_y.to(o.dtype)
 
     def _scores(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

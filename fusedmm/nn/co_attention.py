@@ -7,6 +7,8 @@ attention and the unused co_attention_mask.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from fusedmm.ops.co_attention import co_attention
 
 from .masks import keep_or_bias, probabilities
+from .project import project
 
 STANDARD = "standard"
 # Below this many scores a head, half precision on a CPU: softmax(q @ k.T) @ v beats torch's fused
@@ -42,6 +45,10 @@ def standard_attention(
     elif keep is not None:
         s = s.masked_fill(~keep[:, None, None, :], float("-inf"))
     return torch.softmax(s, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _call(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    return tuple(layer(x) for layer in layers)
 
 
 class BertBiAttention(nn.Module):
@@ -86,16 +93,16 @@ class BertBiAttention(nn.Module):
         self.value2 = nn.Linear(hidden_size, bi_hidden_size)
 
     def _heads(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        return x.view(b, n, self.num_attention_heads, -1).transpose(1, 2)  # [B, H, n, D]
+        return x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)  # [B, H, n, D]
 
     def forward(
         self, x1: Tensor, mask1: Tensor | None, x2: Tensor, mask2: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """[B, M, v_hidden], keep [B, M], [B, N, hidden], keep [B, N] -> (context_1 [B, N, bi],
         context_2 [B, M, bi]), in the order the original returns them. Masks may be additive."""
-        q1, k1, v1 = (self._heads(f(x1)) for f in (self.query1, self.key1, self.value1))
-        q2, k2, v2 = (self._heads(f(x2)) for f in (self.query2, self.key2, self.value2))
+        call = _call if self.attention_backend == STANDARD else project
+        q1, k1, v1 = map(self._heads, call(x1, self.query1, self.key1, self.value1))
+        q2, k2, v2 = map(self._heads, call(x2, self.query2, self.key2, self.value2))
         p = self.dropout if self.training else 0.0
         if self.attention_backend == STANDARD:
             if p:
@@ -141,9 +148,16 @@ class BertBiOutput(nn.Module):
     """
 
     def __init__(
-        self, v_hidden_size: int, hidden_size: int, bi_hidden_size: int, *, dropout: float = 0.0
+        self,
+        v_hidden_size: int,
+        hidden_size: int,
+        bi_hidden_size: int,
+        *,
+        dropout: float = 0.0,
+        call: Callable = project,
     ) -> None:
         super().__init__()
+        self.call = call
         self.dense1 = nn.Linear(bi_hidden_size, v_hidden_size)
         self.LayerNorm1 = nn.LayerNorm(v_hidden_size, eps=1e-12)
         self.dropout1 = nn.Dropout(dropout)
@@ -154,33 +168,42 @@ class BertBiOutput(nn.Module):
         self.q_dense2 = nn.Linear(bi_hidden_size, hidden_size)
 
     def forward(self, c1: Tensor, x1: Tensor, c2: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        y1 = self.LayerNorm1(self.dropout1(self.dense1(c1)) + x1)
-        y2 = self.LayerNorm2(self.dropout2(self.dense2(c2)) + x2)
+        y1 = self.LayerNorm1(self.dropout1(self.call(c1, self.dense1)[0]) + x1)
+        y2 = self.LayerNorm2(self.dropout2(self.call(c2, self.dense2)[0]) + x2)
         return y1, y2
 
 
 class BertIntermediate(nn.Module):
     """`gelu(dense(x))`, the first half of a BERT feed-forward."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, *, call: Callable = _call) -> None:
         super().__init__()
+        self.call = call
         self.dense = nn.Linear(hidden_size, intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))
+        return F.gelu(self.call(x, self.dense)[0])
 
 
 class BertOutput(nn.Module):
     """`LayerNorm(dense(h) + x)`, the second half of a BERT feed-forward or attention."""
 
-    def __init__(self, intermediate_size: int, hidden_size: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        intermediate_size: int,
+        hidden_size: int,
+        *,
+        dropout: float = 0.0,
+        call: Callable = _call,
+    ) -> None:
         super().__init__()
+        self.call = call
         self.dense = nn.Linear(intermediate_size, hidden_size)
         self.LayerNorm = nn.LayerNorm(hidden_size, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden)) + x)
+        return self.LayerNorm(self.dropout(self.call(hidden, self.dense)[0]) + x)
 
 
 class BertConnectionLayer(nn.Module):
@@ -217,11 +240,48 @@ class BertConnectionLayer(nn.Module):
             dropout=attention_dropout,
             attention_backend=attention_backend,
         )
-        self.biOutput = BertBiOutput(v_hidden_size, hidden_size, bi_hidden_size, dropout=dropout)
-        self.v_intermediate = BertIntermediate(v_hidden_size, v_intermediate_size)
-        self.v_output = BertOutput(v_intermediate_size, v_hidden_size, dropout=dropout)
-        self.t_intermediate = BertIntermediate(hidden_size, intermediate_size)
-        self.t_output = BertOutput(intermediate_size, hidden_size, dropout=dropout)
+        call = _call if attention_backend == STANDARD else project
+        self.biOutput = BertBiOutput(
+            v_hidden_size, hidden_size, bi_hidden_size, dropout=dropout, call=call
+        )
+        self.v_intermediate = BertIntermediate(v_hidden_size, v_intermediate_size, call=call)
+        self.v_output = BertOutput(v_intermediate_size, v_hidden_size, dropout=dropout, call=call)
+        self.t_intermediate = BertIntermediate(hidden_size, intermediate_size, call=call)
+        self.t_output = BertOutput(intermediate_size, hidden_size, dropout=dropout, call=call)
+
+    @classmethod
+    def from_config(cls, config: object, **changes: object) -> BertConnectionLayer:
+        """The layer of a config of the original code (`BertConfig` of vilbert), with its names:
+        v_hidden_size, v_intermediate_size, hidden_size, intermediate_size, bi_hidden_size,
+        bi_num_attention_heads, hidden_dropout_prob, attention_probs_dropout_prob.
+
+        Raises: NotImplementedError, a vision stream with dropout or activation of its own.
+        """
+        for ours, theirs in (("hidden_dropout_prob", "v_hidden_dropout_prob"),
+                             ("attention_probs_dropout_prob", "v_attention_probs_dropout_prob"),
+                             ("hidden_act", "v_hidden_act")):  # fmt: skip
+            a, b = getattr(config, ours), getattr(config, theirs, getattr(config, ours))
+            if a != b:
+                raise NotImplementedError(
+                    f"BertConnectionLayer: config: expected {theirs} as {ours} {a}, got {b}"
+                )
+        if config.hidden_act != "gelu":
+            raise NotImplementedError(
+                f"BertConnectionLayer: config: expected hidden_act 'gelu', got {config.hidden_act}"
+            )
+        return cls(
+            config.v_hidden_size,
+            config.v_intermediate_size,
+            config.hidden_size,
+            config.intermediate_size,
+            config.bi_hidden_size,
+            config.bi_num_attention_heads,
+            **{
+                "dropout": config.hidden_dropout_prob,
+                "attention_dropout": config.attention_probs_dropout_prob,
+                **changes,
+            },
+        )
 
     def forward(
         self, x1: Tensor, mask1: Tensor | None, x2: Tensor, mask2: Tensor | None

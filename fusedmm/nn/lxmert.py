@@ -4,11 +4,13 @@ Parameter names are those of Transformers' LxmertCrossAttentionLayer, which serv
 with one set of weights. Masks are additive as there, or bool with True = keep.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.co_attention import co_attention
 from .masks import keep_or_bias, probabilities
+from .project import project
 
 
 class LxmertProjections(nn.Module):
@@ -24,17 +26,13 @@ class LxmertProjections(nn.Module):
 
 
 class LxmertOutput(nn.Module):
-    """`LayerNorm(dropout(dense(hidden)) + residual)`."""
+    """The layers after attention; holds no equation."""
 
     def __init__(self, hidden_size: int, dropout: float) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.LayerNorm = nn.LayerNorm(hidden_size, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """[B, M, hidden_size] twice -> [B, M, hidden_size]."""
-        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
 
 
 class LxmertCrossAttention(nn.Module):
@@ -80,7 +78,9 @@ class LxmertCrossAttention(nn.Module):
         return t.unflatten(-1, (self.att.num_attention_heads, -1)).transpose(1, 2)
 
     def _finish(self, o: Tensor, residual: Tensor) -> Tensor:
-        return self.output(o.transpose(1, 2).flatten(2), residual)
+        output = self.output
+        dense = project(o.transpose(1, 2).flatten(2), output.dense)[0]
+        return output.LayerNorm(output.dropout(dense) + residual)
 
     def forward(
         self,
@@ -98,10 +98,8 @@ class LxmertCrossAttention(nn.Module):
         Returns: (output [B, M, hidden_size],) and the map if asked for.
         """
         att = self.att
-        q, k, v = (
-            self._heads(f(t))
-            for f, t in ((att.query, input_tensor), (att.key, ctx_tensor), (att.value, ctx_tensor))
-        )
+        (q,) = map(self._heads, project(input_tensor, att.query))
+        k, v = map(self._heads, project(ctx_tensor, att.key, att.value))
         keep, bias = keep_or_bias(ctx_att_mask, q)
         p = att.dropout.p if self.training else 0.0
         mask = bias if keep is None else keep[:, None, None, :]
@@ -119,7 +117,11 @@ class LxmertCrossAttention(nn.Module):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Both directions: forward(x, y, mask_y, output_attentions), forward(y, x, mask_x)."""
         layers = (self.att.query, self.att.key, self.att.value)
-        qkv = [self._heads(f(t)) for t in (x, y) for f in layers]
+        # One product for both streams, which have one set of weights.
+        both = project(torch.cat([x, y], 1), *layers)
+        sizes = (x.shape[1], y.shape[1])
+        qkv_x, qkv_y = zip(*(self._heads(p).split(sizes, 2) for p in both), strict=True)
+        qkv = (*qkv_x, *qkv_y)
         keep_x, bias_yx = keep_or_bias(mask_x, qkv[0])
         keep_y, bias_xy = keep_or_bias(mask_y, qkv[0])
         o_x, o_y = co_attention(
