@@ -47,17 +47,22 @@ def _known(op: str, name: object) -> None:
         raise ValueError(f"{op}: backend: expected one of {names}, got {name!r}")
 
 
+def wanted(backend: str | None) -> str | None:
+    """The backend asked for by name, by region or by environment; None: the first that accepts."""
+    if backend is None:
+        return _region.names[-1] if _region.names else env.backend()
+    return backend
+
+
 def select(op: str, problem, backend: str | None) -> str:
     """The name of the backend that runs `problem`; a named backend never falls back."""
-    wanted = backend
-    if wanted is None:
-        wanted = _region.names[-1] if _region.names else env.backend()
-    if wanted is not None:
-        _known(op, wanted)
-        reasons = backends.reject(wanted, op, problem)
+    named = wanted(backend)
+    if named is not None:
+        _known(op, named)
+        reasons = backends.reject(named, op, problem)
         if reasons:
-            raise NotImplementedError(_refusal(op, problem, {wanted: reasons}))
-        return wanted
+            raise NotImplementedError(_refusal(op, problem, {named: reasons}))
+        return named
     refusals = {}
     for name in PRIORITY:
         reasons = backends.reject(name, op, problem)
@@ -77,4 +82,4 @@ def _refusal(op: str, problem, refusals: dict[str, list[str]]) -> str:
 
 def _warn(text: str) -> None:
     note = "using reference, which stores the whole score matrix"
-    warnings.warn(f"{text}\n  {note}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"{text}\n  {note}", RuntimeWarning, stacklevel=5)

@@ -7,13 +7,18 @@ import subprocess
 import sys
 import threading
 import warnings
+from typing import ClassVar
 
 import harness
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmm
 from fusedmm import backends, dispatch, problem
+from fusedmm.ops import _call
 from fusedmm.testing import LOSSES, POSITIONAL, AttentionShape, PairShape, fused, make_case
 
 OPS = tuple(POSITIONAL)
@@ -244,3 +249,38 @@ def test_every_op_has_every_backend_in_the_table():
             reasons = backends.reject(name, op, cpu)
             assert isinstance(reasons, list) and all(isinstance(r, str) and r for r in reasons)
     assert backends.reject("reference", "co_attention", asked("cuda")) == []
+
+
+def test_modes_and_transforms_see_the_custom_op():
+    """Plain eager calls skip the dispatcher; whoever watches calls must not be skipped."""
+
+    class Seen(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(1, 1, 3, 4, requires_grad=True)
+    with Seen():
+        o_x, o_y = fusedmm.bi_attention(x, x, x, x)
+        (o_x + o_y).sum().backward()
+    assert "fusedmm.bi_attention_fwd.default" in Seen.names
+    assert "fusedmm.bi_attention_bwd.default" in Seen.names
+    traced = make_fx(lambda t: fusedmm.bi_attention(t, t, t, t)[0])(x.detach())
+    assert "fusedmm.bi_attention_fwd" in traced.code
+    with FakeTensorMode():
+        fake = torch.empty(1, 1, 3, 4)
+        assert fusedmm.bi_attention(fake, fake, fake, fake)[0].shape == x.shape
+
+
+def test_a_plan_is_remembered_by_what_it_looked_at():
+    x = torch.randn(1, 1, 3, 4)
+    asked = _call.plan("bi_attention", None, problem.bi_attention, x, x, x, x, *[None] * 5, 0.0)
+    again = _call.plan("bi_attention", None, problem.bi_attention, *[x + 1] * 4, *[None] * 5, 0.0)
+    assert again[0] is asked[0] and asked[1] == "cpu"
+    with fusedmm.use_backend("reference"):
+        args = [*[x] * 4, *[None] * 5]
+        assert _call.plan("bi_attention", None, problem.bi_attention, *args, 0.0)[1] == "reference"
+    with pytest.raises(TypeError, match="bi_attention: dropout_p: expected a number, got bool"):
+        fusedmm.bi_attention(x, x, x, x, dropout_p=False)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, problem
-from ..dispatch import select
+from ._call import op, plan
 from ._common import autocast, draw_seed, public_lse
 
 
@@ -48,10 +48,10 @@ def bi_attention(
     Source: GLIP, arXiv:2112.03857; LightGlue, arXiv:2306.13643; BiXT, arXiv:2402.12138.
     """
     qk_x, qk_y, v_x, v_y = autocast(qk_x, qk_y, v_x, v_y)
-    asked = problem.bi_attention(
-        qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p
-    )
-    name = select("bi_attention", asked, backend)
+    asked, name = plan(
+        "bi_attention", backend, problem.bi_attention,
+        qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p,
+    )  # fmt: skip
     o_x, o_y, lse_x, lse_y = _fwd(
         qk_x,
         qk_y,
@@ -69,7 +69,7 @@ def bi_attention(
     return (o_x, o_y, *public_lse(o_x, lse_x, lse_y)) if return_lse else (o_x, o_y)
 
 
-@torch.library.custom_op("fusedmm::bi_attention_fwd", mutates_args=())
+@op("fusedmm::bi_attention_fwd")
 def _fwd(
     qk_x: Tensor,
     qk_y: Tensor,
@@ -99,7 +99,7 @@ def _(qk_x, qk_y, v_x, v_y, *rest):
     )
 
 
-@torch.library.custom_op("fusedmm::bi_attention_bwd", mutates_args=())
+@op("fusedmm::bi_attention_bwd")
 def _bwd(
     do_x: Tensor,
     do_y: Tensor,

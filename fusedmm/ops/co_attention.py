@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, problem
-from ..dispatch import select
+from ._call import op, plan
 from ._common import autocast, draw_seed, public_lse
 
 
@@ -48,10 +48,10 @@ def co_attention(
     Source: ViLBERT, arXiv:1908.02265; LXMERT, arXiv:1908.07490; FlashAttention-2, arXiv:2307.08691.
     """
     q_x, k_x, v_x, q_y, k_y, v_y = autocast(q_x, k_x, v_x, q_y, k_y, v_y)
-    asked = problem.co_attention(
-        q_x, k_x, v_x, q_y, k_y, v_y, mask_x, mask_y, bias_xy, bias_yx, scale, dropout_p
-    )
-    name = select("co_attention", asked, backend)
+    asked, name = plan(
+        "co_attention", backend, problem.co_attention,
+        q_x, k_x, v_x, q_y, k_y, v_y, mask_x, mask_y, bias_xy, bias_yx, scale, dropout_p,
+    )  # fmt: skip
     o_x, o_y, lse_x, lse_y = _fwd(
         q_x,
         k_x,
@@ -72,7 +72,7 @@ def co_attention(
     return (o_x, o_y, *public_lse(o_x, lse_x, lse_y)) if return_lse else (o_x, o_y)
 
 
-@torch.library.custom_op("fusedmm::co_attention_fwd", mutates_args=())
+@op("fusedmm::co_attention_fwd")
 def _fwd(
     q_x: Tensor,
     k_x: Tensor,
@@ -106,7 +106,7 @@ def _(q_x, k_x, v_x, q_y, k_y, v_y, *rest):
     )
 
 
-@torch.library.custom_op("fusedmm::co_attention_bwd", mutates_args=())
+@op("fusedmm::co_attention_bwd")
 def _bwd(
     do_x: Tensor,
     do_y: Tensor,

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, check, distributed, problem
-from ..dispatch import select
 from . import pairs
+from ._call import op, plan
 from ._common import autocast
+
+OP = "contrastive_loss"
 
 
 def contrastive_loss(
@@ -54,19 +56,18 @@ def contrastive_loss(
         NotImplementedError, no backend can run it.
     Source: InfoNCE, arXiv:1807.03748; CLIP, arXiv:2103.00020.
     """
-    op = "contrastive_loss"
-    with distributed.joint_validation(op, group):
-        check.choice(op, "duplicates", duplicates, ("positive", "ignore"))
-        check.choice(op, "direction", direction, ("both", "x", "y"))
-        check.choice(op, "reduction", reduction, ("mean", "sum", "none"))
-        check.fraction(op, "label_smoothing", label_smoothing)
+    with distributed.joint_validation(OP, group):
+        check.choice(OP, "duplicates", duplicates, ("positive", "ignore"))
+        check.choice(OP, "direction", direction, ("both", "x", "y"))
+        check.choice(OP, "reduction", reduction, ("mean", "sum", "none"))
+        check.fraction(OP, "label_smoothing", label_smoothing)
         x, y = autocast(x, y)
         by_id = ids_x is not None and duplicates == "positive"
-        asked = problem.pair_loss(
-            op, x, y, logit_scale, positives, ids_x, ids_y, normalize,
-            square=positives is None and not by_id and group is None,
+        square = positives is None and not by_id and group is None
+        asked, name = plan(
+            OP, backend, problem.pair_loss,
+            OP, x, y, logit_scale, positives, ids_x, ids_y, normalize, square,
         )  # fmt: skip
-        name = select(op, asked, backend)
     lead, G, M, N = x.shape[:-2], asked.G, asked.M, asked.N
     x, y = x.reshape(G, M, asked.D), y.reshape(G, N, asked.D)
     scale = pairs.as_rows(logit_scale, x, G, M)
@@ -108,7 +109,7 @@ def contrastive_loss(
     return {"x": total_x, "y": total_y, "both": (total_x + total_y) / 2}[direction]
 
 
-@torch.library.custom_op("fusedmm::contrastive_loss_fwd", mutates_args=())
+@op("fusedmm::contrastive_loss_fwd")
 def _fwd(
     x: Tensor,
     y: Tensor,
@@ -140,7 +141,7 @@ def _(x, y, logit_scale, *rest):
     return (*losses, *stats)
 
 
-@torch.library.custom_op("fusedmm::contrastive_loss_bwd", mutates_args=())
+@op("fusedmm::contrastive_loss_bwd")
 def _bwd(
     dloss_x: Tensor,
     dloss_y: Tensor,

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, check, distributed, problem
-from ..dispatch import select
 from . import pairs
+from ._call import op, plan
 from ._common import autocast
+
+OP = "sigmoid_loss"
 
 
 def sigmoid_loss(
@@ -46,20 +48,21 @@ def sigmoid_loss(
         NotImplementedError, no backend can run it.
     Source: SigLIP, arXiv:2303.15343.
     """
-    op = "sigmoid_loss"
-    with distributed.joint_validation(op, group):
-        check.choice(op, "reduction", reduction, ("mean", "sum", "none"))
+    with distributed.joint_validation(OP, group):
+        check.choice(OP, "reduction", reduction, ("mean", "sum", "none"))
         x, y = autocast(x, y)
         square = ids_x is None and group is None
-        asked = problem.pair_loss(op, x, y, logit_scale, None, ids_x, ids_y, normalize, square)
+        asked, name = plan(
+            OP, backend, problem.pair_loss,
+            OP, x, y, logit_scale, None, ids_x, ids_y, normalize, square,
+        )  # fmt: skip
         if isinstance(logit_bias, Tensor):
-            check.floating(op, "logit_bias", logit_bias)
-            check.device(op, ("x", x), ("logit_bias", logit_bias))
+            check.floating(OP, "logit_bias", logit_bias)
+            check.device(OP, ("x", x), ("logit_bias", logit_bias))
             if logit_bias.numel() != 1:
-                raise check.bad(op, "logit_bias", "a scalar", f"shape {list(logit_bias.shape)}")
+                raise check.bad(OP, "logit_bias", "a scalar", f"shape {list(logit_bias.shape)}")
         else:
-            check.number(op, "logit_bias", logit_bias)
-        name = select(op, asked, backend)
+            check.number(OP, "logit_bias", logit_bias)
     lead, G, M, N = x.shape[:-2], asked.G, asked.M, asked.N
     x, y = x.reshape(G, M, asked.D), y.reshape(G, N, asked.D)
     scale, bias = pairs.as_rows(logit_scale, x, G, M), pairs.as_rows(logit_bias, x, 1, 1)
@@ -88,7 +91,7 @@ def sigmoid_loss(
     return loss.sum() if reduction == "sum" else loss.sum() / max(G * M, 1)
 
 
-@torch.library.custom_op("fusedmm::sigmoid_loss_fwd", mutates_args=())
+@op("fusedmm::sigmoid_loss_fwd")
 def _fwd(
     x: Tensor,
     y: Tensor,
@@ -110,7 +113,7 @@ def _(x, y, logit_scale, *rest):
     return logit_scale.new_empty(x.shape[:2])
 
 
-@torch.library.custom_op("fusedmm::sigmoid_loss_bwd", mutates_args=())
+@op("fusedmm::sigmoid_loss_bwd")
 def _bwd(
     dloss: Tensor,
     x: Tensor,
