@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 EXPECTED = (ValueError, NotImplementedError, FloatingPointError, OSError, ModuleNotFoundError)
-RECIPES = ("clip", "vilbert")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(recipes: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fusedmm", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="versions, instruction set, each backend and why it is off")
@@ -33,9 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--name", default="openmoji", help="folder below --runs")
     run.add_argument("--fresh", **fresh)
     train = command("train", "train one recipe")
-    train.add_argument("recipe", choices=RECIPES)
+    train.add_argument("recipe", choices=recipes)
     train.add_argument("--name", help="folder below --runs, default the recipe's name")
-    train.add_argument("--clip", type=Path, help="vilbert: folder of the CLIP it starts from")
+    train.add_argument("--clip", type=Path, help="folder of the CLIP that the recipe starts from")
     train.add_argument("--fresh", **fresh)
     evaluate = command("eval", "measure a trained model on a split")
     evaluate.add_argument("folder", type=Path, nargs="?", help="default RUNS/openmoji/clip")
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         sys.stderr.write(f"fusedmm: {error.name} is not installed; pip install 'fusedmm[train]'\n")
         return 1
-    parser = _parser()
+    parser = _parser(commands.RECIPES)
     commands.add_recipe_flags(parser, argv)
     args = parser.parse_args(argv)
     try:

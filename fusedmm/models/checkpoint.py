@@ -20,11 +20,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fusedmm.models.clip import CLIP, CLIPConfig
+from fusedmm.models.fusion import FusionConfig, FusionZoo
+from fusedmm.models.grounding import Grounder, GrounderConfig
+from fusedmm.models.siglip import SigLIP
 from fusedmm.models.tokenizer import Tokenizer
 from fusedmm.models.vilbert import ViLBERT, ViLBERTConfig
+from fusedmm.models.vlap import VLAP, VLAPConfig
+from fusedmm.models.vlp import VLP, VLPConfig
 
 MODELS: dict[str, tuple[type[nn.Module], type]] = {
     "clip": (CLIP, CLIPConfig),
+    "fusion": (FusionZoo, FusionConfig),
+    "grounding": (Grounder, GrounderConfig),
+    "siglip": (SigLIP, CLIPConfig),
+    "vlap": (VLAP, VLAPConfig),
+    "vlp": (VLP, VLPConfig),
     "vilbert": (ViLBERT, ViLBERTConfig),
 }
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedmm
-from fusedmm.models.layers import Transformer, init_transformer
+from fusedmm.models.layers import Transformer, conv_stem, init_transformer
 
 STANDARD = "standard"
 STEMS = ("patch", "conv")
@@ -70,23 +70,6 @@ class CLIPConfig:
                 )
 
 
-def conv_stem(width: int, patch: int) -> nn.Sequential:
-    """Stride-2 convolutions down to one token per `patch` pixels; learns faster from few pictures.
-
-    Source: Early Convolutions Help Transformers See Better, arXiv:2106.14881.
-    """
-    depth = patch.bit_length() - 1
-    widths = [3, *(max(16, width >> (depth - 1 - i)) for i in range(depth))]
-    layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
-        layers += [
-            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-            nn.GroupNorm(1, after),
-            nn.ReLU(),
-        ]
-    return nn.Sequential(*layers, nn.Conv2d(widths[-1], width, 1))
-
-
 class VisionTransformer(nn.Module):
     """Patches and a class token through a Transformer; their mean or that token is the picture."""
 
@@ -136,6 +119,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.loss_backend = loss_backend
+        self.pool = config.pool
         width = config.text_width
         self.visual = VisionTransformer(config)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
@@ -160,7 +144,7 @@ class CLIP(nn.Module):
         x = self.ln_final(self.transformer(x))
         end = tokens.argmax(dim=-1, keepdim=True)
         at = torch.arange(tokens.shape[1], device=x.device)
-        weight = (at == end if self.config.pool == "token" else at <= end).to(x.dtype)  # [B, L]
+        weight = (at == end if self.pool == "token" else at <= end).to(x.dtype)  # [B, L]
         pooled = (weight / weight.sum(dim=1, keepdim=True))[:, None] @ x
         return pooled[:, 0] @ self.text_projection
 

@@ -91,3 +91,20 @@ def init_transformer(stack: Transformer) -> None:
         nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
         for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
             nn.init.zeros_(linear.bias)
+
+
+def conv_stem(width: int, patch: int, *, batch_norm: bool = False) -> nn.Sequential:
+    """Stride-2 convolutions down to one token per `patch` pixels; learns faster from few pictures.
+
+    Source: Early Convolutions Help Transformers See Better, arXiv:2106.14881.
+    """
+    depth = patch.bit_length() - 1
+    widths = [3, *(max(16, width >> (depth - 1 - i)) for i in range(depth))]
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers += [
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(after) if batch_norm else nn.GroupNorm(1, after),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], width, 1))

@@ -14,13 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedmm.models.bert import BertLayer, ImageEmbeddings, TextEmbeddings, init_bert
 from fusedmm.models.clip import CLIPConfig, VisionTransformer
-from fusedmm.nn.co_attention import (
-    BertConnectionLayer,
-    BertIntermediate,
-    BertOutput,
-    standard_attention,
-)
+from fusedmm.nn.co_attention import BertConnectionLayer
 
 
 @dataclass(frozen=True)
@@ -65,85 +61,6 @@ class ViLBERTConfig:
                 raise ValueError(
                     f"ViLBERTConfig: {name}: expected ascending layers in 0..{layers}, got {ids}"
                 )
-
-
-class BertSelfAttention(nn.Module):
-    """`query`, `key`, `value` and scaled dot-product attention within one stream."""
-
-    def __init__(self, hidden_size: int, heads: int) -> None:
-        super().__init__()
-        if hidden_size % heads:
-            raise ValueError(
-                f"BertSelfAttention: heads: expected a divisor of {hidden_size}, got {heads}"
-            )
-        self.heads = heads
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        b, n, d = x.shape
-        q, k, v = (
-            f(x).view(b, n, self.heads, -1).transpose(1, 2)
-            for f in (self.query, self.key, self.value)
-        )
-        o = standard_attention(q, k, v, keep=keep)
-        return o.transpose(1, 2).reshape(b, n, d)
-
-
-class BertAttention(nn.Module):
-    """Self-attention with its output projection and residual."""
-
-    def __init__(self, hidden_size: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.self = BertSelfAttention(hidden_size, heads)
-        self.output = BertOutput(hidden_size, hidden_size, dropout=dropout)
-
-    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        return self.output(self.self(x, keep), x)
-
-
-class BertLayer(nn.Module):
-    """A post-norm BERT layer."""
-
-    def __init__(self, hidden_size: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.attention = BertAttention(hidden_size, heads, dropout)
-        self.intermediate = BertIntermediate(hidden_size, 4 * hidden_size)
-        self.output = BertOutput(4 * hidden_size, hidden_size, dropout=dropout)
-
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        x = self.attention(x, keep)
-        return self.output(self.intermediate(x), x)
-
-
-class TextEmbeddings(nn.Module):
-    """Word plus position, normalised."""
-
-    def __init__(self, config: ViLBERTConfig) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=1e-12)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        position = self.position_embeddings.weight[: tokens.shape[1]]
-        return self.LayerNorm(self.word_embeddings(tokens) + position)
-
-
-class ImageEmbeddings(nn.Module):
-    """Region feature plus region location (x, y, width, height in 0..1), normalised."""
-
-    def __init__(self, feature_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.image_embeddings = nn.Linear(feature_size, hidden_size)
-        self.image_location_embeddings = nn.Linear(4, hidden_size)
-        self.LayerNorm = nn.LayerNorm(hidden_size, eps=1e-12)
-
-    def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
-        return self.LayerNorm(
-            self.image_embeddings(features) + self.image_location_embeddings(boxes)
-        )
 
 
 class Encoder(nn.Module):
@@ -208,7 +125,7 @@ class ViLBERT(nn.Module):
         super().__init__()
         self.config = config
         self.region_encoder = VisionTransformer(config.regions).requires_grad_(False)
-        self.embeddings = TextEmbeddings(config)
+        self.embeddings = TextEmbeddings(config.vocab_size, config.max_position, config.hidden_size)
         self.v_embeddings = ImageEmbeddings(config.regions.vision_width, config.v_hidden_size)
         self.encoder = Encoder(config, attention_backend)
         self.t_pooler = nn.Linear(config.hidden_size, config.bi_hidden_size)
@@ -221,16 +138,7 @@ class ViLBERT(nn.Module):
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.matching = nn.Linear(config.bi_hidden_size, 2)
         self.register_buffer("boxes", _grid_boxes(self.region_encoder.grid), persistent=False)
-        for name, module in self.named_modules():
-            if name.startswith("region_encoder"):
-                continue
-            # BERT's 0.02 suits a width of 768; narrower layers would start with hardly a signal,
-            # and the matching head, a product of two of them, with next to no gradient.
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        init_bert(self, skip=("region_encoder",))
 
     @torch.no_grad()
     def regions(self, images: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """Recipe `clip`: contrastive pre-training on OpenMoji drawings and names, and retrieval figures.
 
 Each step: a batch of drawings, one varied name and one varied picture each; equal names are
-matches. Left out: zero-shot classification.
+matches. Zero-shot classification is in fusedmm.train.drawings.
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,9 +14,10 @@ from torch import Tensor
 from fusedmm.models import CLIP, CLIPConfig, Tokenizer
 from fusedmm.train.config import LoopConfig
 from fusedmm.train.data import OpenMoji
+from fusedmm.train.drawings import DrawingBatches, name_tokenizer
 from fusedmm.train.evaluate import Retrieval, in_batches, retrieval
 from fusedmm.train.loop import autocast, device
-from fusedmm.train.sampling import Sampler, augment, may_flip, own_colour, step_seed, vary_caption
+from fusedmm.train.sampling import step_seed
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,17 @@ class ClipRecipe:
 
 
 def train_tokenizer(data: OpenMoji, config: CLIPConfig) -> Tokenizer:
-    """Byte-level BPE over all names of the training drawings."""
-    names = [name for i in data.indices("train") for name in data.drawings[i].names]
-    return Tokenizer.train(names, vocab_size=config.vocab_size, length=config.context_length)
+    """The tokenizer of a CLIP with that config."""
+    return name_tokenizer(data, vocab_size=config.vocab_size, length=config.context_length)
 
 
-def build_clip(recipe: ClipRecipe, tokenizer: Tokenizer, backend: str | None = None) -> CLIP:
+def build_clip(
+    recipe: ClipRecipe, tokenizer: Tokenizer, backend: str | None = None, cls: type[CLIP] = CLIP
+) -> CLIP:
     """The model with the initial weights of the recipe's seed."""
     torch.manual_seed(step_seed(recipe.loop.seed, 0, stream=2))
     config = replace(recipe.model, vocab_size=tokenizer.vocab_size)
-    return CLIP(config, loss_backend=backend).to(device())
+    return cls(config, loss_backend=backend).to(device())
 
 
 class ClipTask:
@@ -54,39 +55,22 @@ class ClipTask:
         data: OpenMoji,
         tokenizer: Tokenizer,
         backend: str | None = None,
+        cls: type[CLIP] = CLIP,
     ) -> None:
         self.recipe, self.data, self.tokenizer = recipe, data, tokenizer
-        self.model = build_clip(recipe, tokenizer, backend)
-        self.train_rows = torch.tensor(data.indices("train"))
-        self.sampler = Sampler(
-            [data.drawings[i].base for i in self.train_rows],
-            recipe.loop.batch_size,
-            seed=recipe.loop.seed,
+        self.model = build_clip(recipe, tokenizer, backend, cls)
+        self.batches = DrawingBatches(
+            data,
+            tokenizer,
+            recipe.loop,
             power=recipe.variant_power,
             group=recipe.variant_group,
+            word_drop=recipe.word_drop,
         )
-        self.flips = torch.tensor([may_flip(d) for d in data.drawings])
-        self.colours = [
-            None if "skin tone" in d.caption or "flag" in d.caption else own_colour(image)
-            for d, image in zip(data.drawings, data.images, strict=True)
-        ]
-        self._ids: dict[str, int] = {}
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures [B, 3, S, S], tokens [B, L] and the id of each name [B], on the device."""
-        rows = self.train_rows[self.sampler.rows(step)]
-        seed = step_seed(self.recipe.loop.seed, step, stream=3)
-        generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-        images = augment(self.data.pixels(rows), self.flips[rows], generator)
-        texts = [
-            vary_caption(
-                self.data.drawings[i], rng, drop=self.recipe.word_drop, colour=self.colours[i]
-            )
-            for i in rows.tolist()
-        ]
-        ids = torch.tensor([self._ids.setdefault(t, len(self._ids)) for t in texts])
-        place = device()
-        return images.to(place), self.tokenizer.encode(texts).to(place), ids.to(place)
+        return self.batches.batch(step)
 
     def loss(self, step: int) -> dict[str, Tensor]:
         """Symmetric InfoNCE of this step's batch; also the temperature's multiplier."""

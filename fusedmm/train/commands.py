@@ -21,9 +21,17 @@ from fusedmm.train.job import Job, run, show_matching, show_retrieval
 from fusedmm.train.loop import Interrupted, device
 from fusedmm.train.recipes import load_data, run_clip, run_vilbert
 from fusedmm.train.search import search
+from fusedmm.train.systems import SYSTEMS, Sources, load_system
+from fusedmm.train.systems.run import run_system, show
 from fusedmm.train.vilbert import ViLBERTRecipe, evaluate_vilbert
 
 CLASSES = {"clip": ClipRecipe, "vilbert": ViLBERTRecipe}
+RECIPES = (*CLASSES, *SYSTEMS)
+
+
+def settings_class(name: str) -> type:
+    """The settings of a recipe."""
+    return CLASSES[name] if name in CLASSES else load_system(name).Recipe
 
 
 def fail(error: object) -> None:
@@ -37,9 +45,9 @@ def add_recipe_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> No
     if argv[:1] == ["run"]:
         add_flags(choices["run"], Job)
     elif argv[:1] == ["train"]:
-        recipe = next((a for a in argv[1:] if a in CLASSES), None)
+        recipe = next((a for a in argv[1:] if a in RECIPES), None)
         if recipe is not None:
-            add_flags(choices["train"], CLASSES[recipe])
+            add_flags(choices["train"], settings_class(recipe))
 
 
 def _stopped(error: Interrupted) -> int:
@@ -61,13 +69,18 @@ def do_run(args: argparse.Namespace) -> int:
 def do_train(args: argparse.Namespace) -> int:
     """One recipe."""
     console.configure_logging()
-    cls = CLASSES[args.recipe]
+    cls = settings_class(args.recipe)
     recipe = from_dict(cls, flags_to_dict(args, cls))
     folder = args.runs / (args.name or args.recipe)
     try:
         if args.recipe == "clip":
             data = load_data(args.cache, recipe.limit, recipe.model.image_size)
             show_retrieval(run_clip(recipe, data, folder, fresh=args.fresh)["retrieval"])
+        elif args.recipe in SYSTEMS:
+            given = {"clip": args.clip} if args.clip else {}
+            sources = Sources(args.cache, args.runs, given)
+            show(run_system(args.recipe, recipe, sources, folder, fresh=args.fresh))
+            console.say(f"report: {folder / 'report.html'}")
         else:
             clip_dir = args.clip or args.runs / "clip"
             data = load_data(args.cache, recipe.limit, load(clip_dir).model.config.image_size)

@@ -62,6 +62,9 @@ def backend_in_use(op: str) -> str:
     if op == "co_attention":
         t = torch.zeros(1, 1, 2, 32, device=device)
         asked = problem.co_attention(t, t, t, t, t, t, None, None, None, None, None, 0.0)
+    elif op == "bi_attention":
+        t = torch.zeros(1, 1, 2, 32, device=device)
+        asked = problem.bi_attention(t, t, t, t, None, None, None, None, None, 0.0)
     else:
         t = torch.zeros(2, 32, device=device)
         asked = problem.pair_loss(op, t, t, 1.0, None, None, None, True, square=True)

@@ -6,6 +6,7 @@ counts against the model. Left out: captions by several people, which this data 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,3 +78,21 @@ def hardest_others(scores: Tensor, forbidden: Tensor, count: int) -> Tensor:
         scores: [N, N]; forbidden: [N, N] bool, True where a column is a true match of the row.
     """
     return scores.masked_fill(forbidden, float("-inf")).topk(count, dim=1).indices
+
+
+def text_overlap(written: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
+    """How much written texts share with one reference each: (BLEU-4 in 0..100, ROUGE-L F1 in 0..1).
+
+    BLEU is sacrebleu's corpus score with add-one smoothing, for names are shorter than four words;
+    ROUGE-L is the mean of rouge-score's.
+    """
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    lower = [r.lower() for r in references]
+    bleu = sacrebleu.corpus_bleu(
+        list(written), [lower], smooth_method="add-k", smooth_value=1.0, lowercase=True
+    )
+    scorer = RougeScorer(["rougeL"])
+    scores = [scorer.score(r, w)["rougeL"].fmeasure for r, w in zip(lower, written, strict=True)]
+    return bleu.score, sum(scores) / max(1, len(scores))

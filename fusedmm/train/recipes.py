@@ -23,6 +23,7 @@ from fusedmm.models.checkpoint import write_json
 from fusedmm.train import console
 from fusedmm.train.clip import ClipRecipe, ClipTask, evaluate_clip, train_tokenizer
 from fusedmm.train.compare import backend_in_use, compare
+from fusedmm.train.config import LoopConfig
 from fusedmm.train.data import OpenMoji
 from fusedmm.train.loop import Checkpoints, Task, fingerprint, resolve_precision, train
 from fusedmm.train.vilbert import (
@@ -97,28 +98,29 @@ def read_metrics(run_dir: Path, key: str) -> Metrics | None:
     return metrics
 
 
-def _train_with_bar(
-    name: str, task: Task, recipe: ClipRecipe | ViLBERTRecipe, run_dir: Path, key: str
+def train_with_bar(
+    name: str, task: Task, loop: LoopConfig, run_dir: Path, key: str
 ) -> list[dict[str, float]]:
-    total = recipe.loop.steps
+    """Train to the end, from the last checkpoint if there is one; one dict a step."""
+    total = loop.steps
     done = Checkpoints(run_dir / "checkpoints", key).numbered()
     if done:
         console.say(f"{name}: going on from step {int(done[-1].name)} of {total}")
     with console.meter(f"train {name}", total) as meter:
         return train(
             task,
-            recipe.loop,
+            loop,
             run_dir,
             key=key,
             on_step=lambda step, row: meter.update(step, f"loss {row['loss']:.3f}"),
         )
 
 
-def _compare_with_bar(
+def compare_with_bar(
     name: str,
     op: str,
     make_task: Callable[[str | None], Task],
-    recipe: ClipRecipe | ViLBERTRecipe,
+    loop: LoopConfig,
     run_dir: Path,
     key: str,
 ) -> dict[str, Any]:
@@ -128,12 +130,12 @@ def _compare_with_bar(
         kept = json.loads(path.read_text())
         if kept["key"] == key:
             return kept
-    with console.meter(f"{name} against standard", recipe.loop.compare_steps) as meter:
+    with console.meter(f"{name} against standard", loop.compare_steps) as meter:
         result = compare(
             make_task,
-            recipe.loop,
+            loop,
             ours=backend_in_use(op),
-            precision=resolve_precision(recipe.loop.precision),
+            precision=resolve_precision(loop.precision),
             on_step=meter.update,
         )
     out = {"key": key, "op": op, **result.as_dict()}
@@ -141,7 +143,8 @@ def _compare_with_bar(
     return out
 
 
-def _start(run_dir: Path, key: str, fresh: bool) -> Metrics | None:
+def start_run(run_dir: Path, key: str, fresh: bool) -> Metrics | None:
+    """The metrics of a run finished before, or None with the folder ready to go on or begin."""
     if fresh and run_dir.exists():
         shutil.rmtree(run_dir)
     metrics = read_metrics(run_dir, key)
@@ -150,7 +153,8 @@ def _start(run_dir: Path, key: str, fresh: bool) -> Metrics | None:
     return metrics
 
 
-def _finish(run_dir: Path, metrics: Metrics) -> Metrics:
+def finish_run(run_dir: Path, metrics: Metrics) -> Metrics:
+    """Write the metrics, which makes the run finished, and drop its checkpoints."""
     write_json(run_dir / "metrics.json", metrics)
     Checkpoints(run_dir / "checkpoints", metrics["key"]).clear()
     return metrics
@@ -162,20 +166,20 @@ def run_clip(recipe: ClipRecipe, data: OpenMoji, run_dir: Path, *, fresh: bool =
     Raises: Interrupted, on Ctrl-C. ValueError, the folder holds a run of other settings.
     """
     key = fingerprint(recipe)
-    if (metrics := _start(run_dir, key, fresh)) is not None:
+    if (metrics := start_run(run_dir, key, fresh)) is not None:
         return metrics
     start = time.perf_counter()
     precision = recipe.loop.precision
     tokenizer = train_tokenizer(data, recipe.model)
     task = ClipTask(recipe, data, tokenizer)
-    rows = _train_with_bar("clip", task, recipe, run_dir, key)
+    rows = train_with_bar("clip", task, recipe.loop, run_dir, key)
     save(run_dir, task.model, tokenizer, recipe=dataclasses.asdict(recipe), key=key)
-    comparison = _compare_with_bar(
+    comparison = compare_with_bar(
         "clip", "contrastive_loss",
-        lambda backend: ClipTask(recipe, data, tokenizer, backend), recipe, run_dir, key,
+        lambda backend: ClipTask(recipe, data, tokenizer, backend), recipe.loop, run_dir, key,
     )  # fmt: skip
     figures = evaluate_clip(task.model, tokenizer, data, "test", precision)
-    return _finish(
+    return finish_run(
         run_dir,
         {
             "key": key,
@@ -207,20 +211,20 @@ def run_vilbert(
     """
     clip, tokenizer, clip_config = load(clip_dir)
     key = fingerprint(recipe_settings(recipe, clip_config["key"]))
-    if (metrics := _start(run_dir, key, fresh)) is not None:
+    if (metrics := start_run(run_dir, key, fresh)) is not None:
         return metrics
     start = time.perf_counter()
     precision = recipe.loop.precision
     total = recipe.views * len(data.indices("train"))
     with console.meter("region features", total) as meter:
         task = ViLBERTTask(recipe, data, tokenizer, clip, on_progress=meter.update)
-    rows = _train_with_bar("vilbert", task, recipe, run_dir, key)
+    rows = train_with_bar("vilbert", task, recipe.loop, run_dir, key)
     save(run_dir, task.model, tokenizer, recipe=dataclasses.asdict(recipe), key=key)
-    comparison = _compare_with_bar(
+    comparison = compare_with_bar(
         "vilbert",
         "co_attention",
         lambda backend: ViLBERTTask(recipe, data, tokenizer, clip, backend, cached=task.cached),
-        recipe,
+        recipe.loop,
         run_dir,
         key,
     )
@@ -229,7 +233,7 @@ def run_vilbert(
         name: evaluate_vilbert(model, clip, tokenizer, data, "test", precision)
         for name, model in (("trained", task.model), ("untrained", untrained))
     }
-    return _finish(
+    return finish_run(
         run_dir,
         {
             "key": key,

@@ -32,7 +32,7 @@ FREE_QUERIES = (
     "a flag with stars", "an animal that lives in water",
 )  # fmt: skip
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --soft: #5b6875; --line: #dde3e9; --ours: #1b6ca8;
   --standard: #e07b39; --right: #2e8b57; }
 * { box-sizing: border-box; }
@@ -92,7 +92,7 @@ class Inputs:
     precision: str = "fp32"
 
 
-def _png(rgb: np.ndarray) -> str:
+def png(rgb: np.ndarray) -> str:
     """[H, W, 3] uint8 -> data URI."""
     from PIL import Image
 
@@ -102,7 +102,7 @@ def _png(rgb: np.ndarray) -> str:
 
 
 def _picture(data: OpenMoji, row: int) -> str:
-    return _png(data.images[row].permute(1, 2, 0).numpy())
+    return png(data.images[row].permute(1, 2, 0).numpy())
 
 
 def _svg(figure: Any) -> str:
@@ -119,64 +119,69 @@ def _smooth(values: Sequence[float], window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _curves(rows: Sequence[dict[str, float]], comparison: dict[str, Any], what: str) -> str:
-    """Left: the whole run. Right: its first steps, ours over standard."""
+def curves(rows: Sequence[dict[str, float]], comparison: dict[str, Any] | None, what: str) -> str:
+    """Left: the whole run. Right, where there is a comparison: its first steps, ours over standard.
+
+    Returns: an SVG as a data URI.
+    """
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(
-        {
-            "font.size": 11,
-            "axes.spines.top": False,
-            "svg.hashsalt": "fusedmm",
-            "axes.spines.right": False,
-            "svg.fonttype": "path",
-        }
-    ):
+    style = {
+        "font.size": 11, "axes.spines.top": False, "svg.hashsalt": "fusedmm",
+        "axes.spines.right": False, "svg.fonttype": "path",
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(10.4, 3.5), layout="constrained")
-        whole, close = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        losses = [row["loss"] for row in rows]
-        steps = np.arange(1, len(losses) + 1)
-        whole.plot(steps, losses, color=OURS, alpha=0.25, linewidth=0.8)
-        whole.plot(steps, _smooth(losses, 20), color=OURS, linewidth=2, label="ours, mean of 20")
-        for name, style in (("mlm", ":"), ("itm", "--")):
-            if name in rows[0]:
-                part = _smooth([row[name] for row in rows], 20)
-                label = {"mlm": "masked words", "itm": "matching"}[name]
-                whole.plot(steps, part, color="#5b6875", linewidth=1.3, ls=style, label=label)
-        whole.set(xlabel="step", ylabel=f"{what} loss (nats)", title="whole run")
-        whole.set_ylim(bottom=0)
-        whole.legend(frameon=False)
-        ours, standard = comparison["ours"], comparison["standard"]
-        steps = np.arange(1, len(ours["losses"]) + 1)
-        close.plot(
-            steps, standard["losses"], color=STANDARD, linewidth=5, alpha=0.55, label="standard"
-        )
-        close.plot(
-            steps,
-            ours["losses"],
-            color=OURS,
-            linewidth=1.6,
-            marker="o",
-            markersize=3,
-            label=f"ours ({ours['name']})",
-        )
-        gap = comparison["largest_gap"]
-        close.set(xlabel="step", title=f"same seed, largest relative gap {gap:.1e}")
-        close.legend(frameon=False)
-        for axis in (whole, close):
+        if comparison is None:
+            axes = [figure.subplots()]
+        else:
+            axes = list(figure.subplots(1, 2, width_ratios=(1.25, 1)))
+            _both_sides(axes[1], comparison)
+        _whole_run(axes[0], rows, what)
+        for axis in axes:
             axis.grid(color="#e6ebf0", linewidth=0.8)
             axis.set_axisbelow(True)
         return _svg(figure)
+
+
+def _whole_run(axis: Any, rows: Sequence[dict[str, float]], what: str) -> None:
+    losses = [row["loss"] for row in rows]
+    steps = np.arange(1, len(losses) + 1)
+    axis.plot(steps, losses, color=OURS, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, _smooth(losses, 20), color=OURS, linewidth=2, label="ours, mean of 20")
+    parts = [n for n in rows[0] if n not in ("step", "loss", "grad_norm", "seconds", "logit_scale")]
+    styles = (":", "--", "-.", (0, (1, 3)), (0, (5, 4)), (0, (3, 1, 1, 1)))
+    for i, name in enumerate(parts):
+        label = {"mlm": "masked words", "itm": "matching"}.get(name, name)
+        part = _smooth([row[name] for row in rows], 20)
+        axis.plot(steps, part, color="#5b6875", linewidth=1.3, ls=styles[i % 6], label=label)
+    axis.set(xlabel="step", ylabel=f"{what} loss", title="whole run")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=9 if len(parts) > 3 else None)
+
+
+def _both_sides(axis: Any, comparison: dict[str, Any]) -> None:
+    ours, standard = comparison["ours"], comparison["standard"]
+    steps = np.arange(1, len(ours["losses"]) + 1)
+    axis.plot(steps, standard["losses"], color=STANDARD, linewidth=5, alpha=0.55, label="standard")
+    label = f"ours ({ours['name']})"
+    axis.plot(
+        steps, ours["losses"], color=OURS, linewidth=1.6, marker="o", markersize=3, label=label
+    )
+    gap = comparison["largest_gap"]
+    axis.set(xlabel="step", title=f"same seed, largest relative gap {gap:.1e}")
+    axis.legend(frameon=False)
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}\N{NARROW NO-BREAK SPACE}%"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """HTML of a table; cells are HTML already."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -203,7 +208,7 @@ def _retrieval_table(retrieval: dict[str, dict[str, float]]) -> str:
         rows.append(row)
     header = ("measured <small>/ chance</small>", "R@1", "R@5", "R@10", "R@10 over chance",
               "median rank")  # fmt: skip
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _matching_table(trained: dict[str, float], untrained: dict[str, float]) -> str:
@@ -231,10 +236,11 @@ def _matching_table(trained: dict[str, float], untrained: dict[str, float]) -> s
             ("another_drawing", "seeing another drawing"),
         )
     ]
-    return _table(("held-out drawings", "trained", "untrained", "chance"), rows)
+    return table(("held-out drawings", "trained", "untrained", "chance"), rows)
 
 
-def _timing_table(comparisons: dict[str, dict[str, Any]]) -> str:
+def timing_table(comparisons: dict[str, dict[str, Any]]) -> str:
+    """Ours and standard by recipe: time, memory and how far the curves part."""
     rows = []
     for name, c in comparisons.items():
         ours, standard = c["ours"], c["standard"]
@@ -251,7 +257,7 @@ def _timing_table(comparisons: dict[str, dict[str, Any]]) -> str:
         )
     header = ("", "step, ours", "step, standard", "speed-up", "peak, ours", "peak, standard",
               "loss curves part by")  # fmt: skip
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _figure(data: OpenMoji, row: int, caption: str, kind: str = "") -> str:
@@ -377,7 +383,7 @@ def _maps(inputs: Inputs, rows: list[int]) -> str:
             f"<figcaption><b>{name}</b></figcaption></figure>"
         ]
         for word, weights in maps:
-            src = _png(_overlay(data.images[row], weights, low, high))
+            src = png(_overlay(data.images[row], weights, low, high))
             cells.append(
                 f'<figure><img src="{src}" alt="attention of {html.escape(word)}">'
                 f"<figcaption>{html.escape(word)}</figcaption></figure>"
@@ -386,7 +392,8 @@ def _maps(inputs: Inputs, rows: list[int]) -> str:
     return "".join(out)
 
 
-def _card(value: str, label: str) -> str:
+def card(value: str, label: str) -> str:
+    """One large number and what it is."""
     return f'<div class="card"><b>{value}</b><span>{label}</span></div>'
 
 
@@ -414,23 +421,23 @@ def render_report(inputs: Inputs, index: Tensor) -> str:
 
     cards = "".join(
         (
-            _card(_percent(t2i["recall_at_10"]), f"CLIP text to image R@10, {lift(t2i)}"),
-            _card(_percent(i2t["recall_at_10"]), f"CLIP image to text R@10, {lift(i2t)}"),
-            _card(
+            card(_percent(t2i["recall_at_10"]), f"CLIP text to image R@10, {lift(t2i)}"),
+            card(_percent(i2t["recall_at_10"]), f"CLIP image to text R@10, {lift(i2t)}"),
+            card(
                 _percent(matching["matching_accuracy_random"]),
                 f"ViLBERT matching, chance {_percent(matching['chance'])}",
             ),
-            _card(
+            card(
                 _percent(matching["matching_accuracy_hard"]),
                 f"ViLBERT matching, hard negatives, chance {_percent(matching['chance'])}",
             ),
         )
     )
-    clip_curve = _curves(inputs.clip_log, clip["comparison"], "contrastive")
-    vilbert_curve = _curves(inputs.vilbert_log, vilbert["comparison"], "pre-training")
+    clip_curve = curves(inputs.clip_log, clip["comparison"], "contrastive")
+    vilbert_curve = curves(inputs.vilbert_log, vilbert["comparison"], "pre-training")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(inputs.title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><main>
 <h1>{html.escape(inputs.title)}</h1>
 <p class="soft">Two models trained from scratch on {len(train)} drawings and their English names;
@@ -461,7 +468,7 @@ peak tensor memory above what stands between steps. Standard is the faster of
 scaled_dot_product_attention and the plain equation, and the loss that stores its B{times}B logits.
 {html.escape(str(machine["device"]))}, {machine["threads"]} threads,
 {html.escape(str(clip["comparison"]["precision"]))}, torch {html.escape(machine["torch"])}.</p>
-{_timing_table(comparisons)}</section>
+{timing_table(comparisons)}</section>
 
 <section><h2>Gallery: held-out names and their five nearest drawings</h2>
 <p class="soft">The right drawing is framed green; where it is not among the five it stands at the

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedmm.models import Tokenizer
 from fusedmm.train.data import Drawing
 
 _ONE_SIDED = frozenset(
@@ -172,3 +173,23 @@ def vary_caption(
     if colour is not None and colour not in name.split() and rng.random() < _COLOUR_WORD:
         words.insert(0, colour)
     return rng.choice(_TEMPLATES).format(" ".join(words))
+
+
+def mask_tokens(
+    tokens: Tensor, tokenizer: Tokenizer, probability: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """BERT's masking: of the chosen pieces 80 % become <mask>, 10 % another, 10 % stay.
+
+    Args:
+        tokens: [B, N] ids; each piece is chosen with `probability`, special tokens never.
+    Returns: (tokens to show [B, N], what was chosen [B, N] with -100 elsewhere).
+    """
+    t = tokenizer
+    special = (tokens == t.pad) | (tokens == t.start) | (tokens == t.end)
+    u = torch.rand(tokens.shape, generator=generator)
+    chosen = (u < probability) & ~special
+    fate = torch.rand(tokens.shape, generator=generator)
+    random_piece = torch.randint(t.first_piece, t.end, tokens.shape, generator=generator)
+    masked = torch.where(chosen & (fate < 0.8), t.mask, tokens)
+    masked = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), random_piece, masked)
+    return masked, torch.where(chosen, tokens, -100)

@@ -20,7 +20,7 @@ from fusedmm.train.config import LoopConfig
 from fusedmm.train.data import OpenMoji
 from fusedmm.train.evaluate import hardest_others, in_batches
 from fusedmm.train.loop import autocast, device
-from fusedmm.train.sampling import Sampler, augment, may_flip, step_seed
+from fusedmm.train.sampling import Sampler, augment, mask_tokens, may_flip, step_seed
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,9 @@ class ViLBERTTask:
         # A random negative may be the row itself or bear its name: then the pair belongs together.
         match = match | (self.tokens[name_rows] == self.tokens[drawing_rows]).all(dim=1)
         view = torch.randint(len(self.features), (b,), generator=g)
-        tokens, target = self.mask(self.tokens[name_rows], g)
+        tokens, target = mask_tokens(
+            self.tokens[name_rows], self.tokenizer, recipe.mask_probability, g
+        )
         target = target.masked_fill(~match[:, None], -100)
         place = device()
         features = (
@@ -185,18 +187,6 @@ class ViLBERTTask:
             else (self.features[view.to(place), drawing_rows.to(place)])
         )
         return features, tokens.to(place), target.to(place), match.to(place)
-
-    def mask(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """BERT's masking: of the chosen pieces 80 % become <mask>, 10 % another, 10 % stay."""
-        t = self.tokenizer
-        special = (tokens == t.pad) | (tokens == t.start) | (tokens == t.end)
-        u = torch.rand(tokens.shape, generator=generator)
-        chosen = (u < self.recipe.mask_probability) & ~special
-        fate = torch.rand(tokens.shape, generator=generator)
-        random_piece = torch.randint(t.first_piece, t.end, tokens.shape, generator=generator)
-        masked = torch.where(chosen & (fate < 0.8), t.mask, tokens)
-        masked = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), random_piece, masked)
-        return masked, torch.where(chosen, tokens, -100)
 
     def loss(self, step: int) -> dict[str, Tensor]:
         """Cross-entropy of masked pieces on matched pairs plus that of matching on all pairs."""
