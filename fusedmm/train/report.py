@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedmm import plot
 from fusedmm.models import CLIP, Tokenizer, ViLBERT
 from fusedmm.train.clip import embed
 from fusedmm.train.data import ATTRIBUTION, OpenMoji
@@ -352,22 +353,6 @@ def attention_maps(inputs: Inputs, row: int) -> list[tuple[str, np.ndarray]]:
     return out
 
 
-def _overlay(drawing: Tensor, weights: np.ndarray, low: float, high: float) -> np.ndarray:
-    """The drawing, greyed and tinted by attention: [128, 128, 3] uint8."""
-    import matplotlib
-
-    size = 128
-    heat = torch.from_numpy(weights)[None, None].float()
-    heat = F.interpolate(heat, size=size, mode="bicubic", align_corners=False)[0, 0]
-    heat = ((heat - low) / max(high - low, 1e-12)).clamp(0, 1).numpy()[..., None]
-    base = F.interpolate(drawing[None].float() / 255, size=size, mode="bilinear")[0]
-    base = base.permute(1, 2, 0).numpy()
-    grey = 0.55 * base.mean(axis=2, keepdims=True) + 0.45 * base
-    colour = matplotlib.colormaps["inferno"](0.15 + 0.75 * heat[..., 0])[..., :3]
-    mixed = grey * (1 - 0.65 * heat) + colour * 0.65 * heat
-    return (255 * mixed.clip(0, 1)).astype(np.uint8)
-
-
 def _maps(inputs: Inputs, rows: list[int]) -> str:
     """Held-out drawings of at least two words, with one overlay a word."""
     data = inputs.data
@@ -383,7 +368,10 @@ def _maps(inputs: Inputs, rows: list[int]) -> str:
             f"<figcaption><b>{name}</b></figcaption></figure>"
         ]
         for word, weights in maps:
-            src = png(_overlay(data.images[row], weights, low, high))
+            heat = plot.overlay(
+                data.images[row], torch.from_numpy(weights), low=low, high=high, side=128
+            )
+            src = png(heat.numpy())
             cells.append(
                 f'<figure><img src="{src}" alt="attention of {html.escape(word)}">'
                 f"<figcaption>{html.escape(word)}</figcaption></figure>"
