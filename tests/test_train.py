@@ -22,7 +22,7 @@ from fusedmm.train.clip import ClipRecipe, ClipTask, train_tokenizer  # noqa: E4
 from fusedmm.train.compare import compare, peak_bytes  # noqa: E402
 from fusedmm.train.config import LoopConfig, from_dict  # noqa: E402
 from fusedmm.train.data import OpenMoji  # noqa: E402
-from fusedmm.train.evaluate import hardest_others, retrieval  # noqa: E402
+from fusedmm.train.evaluate import hardest_others, labelled, retrieval  # noqa: E402
 from fusedmm.train.job import Job, run  # noqa: E402
 from fusedmm.train.loop import (  # noqa: E402
     Checkpoints,
@@ -210,6 +210,22 @@ def test_retrieval_figures():
     assert shifted.recall[1] == 0.0 and shifted.recall[5] == 1.0 and shifted.median_rank == 2
 
 
+def test_figures_by_label():
+    """Two labels of three rows, told apart by the sign of the first number, with one row wrong."""
+    side = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    texts = torch.stack([side, 0.01 * torch.arange(6.0)], 1)
+    images = texts.clone()
+    images[0, 0] = -1.0
+    figures = labelled(images, texts, ["a", "a", "a", "b", "b", "b"])
+    assert figures["zero_shot"]["accuracy@1"] == pytest.approx(5 / 6)
+    assert figures["zero_shot"]["chance@1"] == 0.5 and figures["zero_shot"]["accuracy@5"] == 1.0
+    r = figures["text_to_image"]
+    # a: two of three among the five best; b: the stray first, second or third among four.
+    assert r["precision@5"] == pytest.approx((3 * 2 / 5 + 3 * 3 / 5) / 6)
+    assert r["recall@10"] == 1.0 and r["precision@10"] == pytest.approx(0.3)
+    assert 0.5 < r["map"] < 1.0
+
+
 def test_hardest_others_leaves_matches_out():
     scores = torch.arange(16.0).view(4, 4)
     assert hardest_others(scores, torch.eye(4, dtype=torch.bool), 2).tolist() == [
@@ -301,7 +317,10 @@ def test_command_line(job_folder, cache, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "a red fruit" in out and "OpenMoji, CC BY-SA 4.0" in out
     assert main(["eval", clip, *where]) == 0
-    assert "Retrieval" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for words in ("Retrieval", "R@10", "Retrieval by base", "P@5", "mAP", "median",
+                  "Zero-shot classification", "top 5"):  # fmt: skip
+        assert words in " ".join(out.split()), words
     assert main(["eval", str(job_folder / "tiny" / "vilbert"), *where, "--split", "test"]) == 0
     assert "matching" in capsys.readouterr().out
     assert main(["search", *where, "cat"]) == 1

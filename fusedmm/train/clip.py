@@ -15,7 +15,7 @@ from fusedmm.models import CLIP, CLIPConfig, Tokenizer
 from fusedmm.train.config import LoopConfig
 from fusedmm.train.data import OpenMoji
 from fusedmm.train.drawings import DrawingBatches, name_tokenizer
-from fusedmm.train.evaluate import Retrieval, in_batches, retrieval
+from fusedmm.train.evaluate import Retrieval, in_batches, labelled, retrieval
 from fusedmm.train.loop import autocast, device
 from fusedmm.train.sampling import step_seed
 
@@ -118,3 +118,12 @@ def evaluate_clip(
         out[f"text_to_image/{name}"] = retrieval(texts[at], images[at])
         out[f"image_to_text/{name}"] = retrieval(images[at], texts[at])
     return out
+
+
+def evaluate_bases(
+    model: CLIP, tokenizer: Tokenizer, data: OpenMoji, split: str, precision: str
+) -> dict[str, dict[str, float]]:
+    """Figures over a split where every drawing or caption of the same base is right."""
+    rows = data.indices(split)
+    images, texts = embed(model, tokenizer, data, rows, precision)
+    return labelled(images, texts, [data.drawings[i].base for i in rows])

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from fusedmm.models import CLIP, load
 from fusedmm.train import console
-from fusedmm.train.clip import ClipRecipe, evaluate_clip
+from fusedmm.train.clip import ClipRecipe, evaluate_bases, evaluate_clip
 from fusedmm.train.config import add_flags, flags_to_dict, from_dict
 from fusedmm.train.data import ATTRIBUTION, OpenMoji
-from fusedmm.train.job import Job, run, show_matching, show_retrieval
+from fusedmm.train.job import Job, run, show_bases, show_matching, show_retrieval
 from fusedmm.train.loop import Interrupted, device
 from fusedmm.train.recipes import load_data, run_clip, run_vilbert
 from fusedmm.train.search import search
@@ -107,6 +107,7 @@ def do_eval(args: argparse.Namespace) -> int:
         data = _data_of(config["recipe"], model.config.image_size, args.cache)
         figures = evaluate_clip(model, tokenizer, data, args.split, precision)
         show_retrieval({name: r.as_dict() for name, r in figures.items()})
+        show_bases(evaluate_bases(model, tokenizer, data, args.split, precision))
         return 0
     clip = load(args.clip or folder.parent / "clip").model.to(device())
     data = _data_of(config["recipe"], clip.config.image_size, args.cache)

@@ -117,6 +117,25 @@ def show_retrieval(retrieval: dict[str, dict[str, float]]) -> None:
     console.table("Retrieval", header, rows)
 
 
+def show_bases(figures: dict[str, dict[str, float]]) -> None:
+    """Figures where any row of the base is right, and zero-shot accuracy, as tables."""
+    names = {"recall": "R", "precision": "P"}
+    cuts = [(name, k) for name in names for k in (1, 5, 10)]
+    header = ("any of the base", *(f"{names[name]}@{k} %" for name, k in cuts), "mAP %", "median")
+    rows = []
+    for way in ("text_to_image", "image_to_text"):
+        r = figures[way]
+        found = [f"{100 * r[f'{name}@{k}']:.1f}" for name, k in cuts]
+        rows.append(
+            (way.replace("_", " "), *found, f"{100 * r['map']:.1f}", f"{r['median_rank']:g}")
+        )
+    console.table("Retrieval by base", header, rows)
+    r = figures["zero_shot"]
+    found = [f"{100 * r[f'accuracy@{k}']:.1f} / {100 * r[f'chance@{k}']:.1f}" for k in (1, 5, 10)]
+    header = ("class of a drawing: found / chance", "top 1 %", "top 5 %", "top 10 %")
+    console.table("Zero-shot classification", header, [("base", *found)])
+
+
 def show_matching(figures: dict[str, float]) -> None:
     """ViLBERT's figures as a table, chance beside each."""
     rows = [
