@@ -19,12 +19,13 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from . import backends, check, problem
-from .ops import pairs
+from .ops import pairs, self_similarity
 
 # What must be equal on all ranks, by name; M and N may differ.
 _FACTS = (
     "op", "D", "leading dimensions", "dtype", "normalize", "reduction", "direction", "duplicates",
-    "label_smoothing", "positives given", "ids given", "logit_scale per row", "requires_grad",
+    "exclude_self", "label_smoothing", "positives given", "ids given", "logit_scale per row",
+    "requires_grad",
 )  # fmt: skip
 _OPS = ("contrastive_loss", "sigmoid_loss")
 _DIRECTIONS = ("both", "x", "y")
@@ -146,7 +147,7 @@ def joint_validation(op: str, group: dist.ProcessGroup | None) -> Iterator[None]
     except Exception:
         if group is not None:
             with contextlib.suppress(RuntimeError):
-                _gather(op, group, torch.zeros(3 + len(_FACTS), dtype=torch.int64))
+                _gather(op, group, torch.zeros(5 + len(_FACTS), dtype=torch.int64))
         raise
 
 
@@ -161,18 +162,27 @@ def _gather(op: str, group: dist.ProcessGroup, t: Tensor) -> Tensor:
     return torch.stack(parts).to(home)
 
 
-def _meet(op: str, group: dist.ProcessGroup, asked: problem.PairLossProblem, *facts: int) -> Ring:
+def _meet(
+    op: str,
+    group: dist.ProcessGroup,
+    asked: problem.PairLossProblem,
+    positives: Tensor | None,
+    *facts: int,
+) -> Ring:
     """The ring of this call, or a ValueError on every rank if they disagree."""
-    mine = [1, asked.M, asked.N, _OPS.index(op), asked.D, asked.G]
+    mine = [1, asked.M, asked.N, *pairs.range_of(positives), _OPS.index(op), asked.D, asked.G]
     mine += [check.FLOATING.index(asked.dtype), int(asked.normalize), *facts]
     every = _gather(op, group, torch.tensor(mine)).tolist()
     refused = [r for r, (valid, *_) in enumerate(every) if not valid]
     if refused:
         raise ValueError(f"{op}: group: expected valid arguments on every rank, not on {refused}")
-    for name, *values in zip(_FACTS, *(row[3:] for row in every), strict=True):
+    for name, *values in zip(_FACTS, *(row[5:] for row in every), strict=True):
         if len(set(values)) > 1:
             raise check.bad(op, "group", f"the same {name} on every rank", _decoded(name, values))
-    return Ring(op, group, [row[1] for row in every], [row[2] for row in every])
+    M, N = ([row[i] for row in every] for i in (1, 2))
+    for row in every:
+        pairs.check_positives(row[3], row[4], sum(N))
+    return Ring(op, group, M, N)
 
 
 def _decoded(name: str, values: list[int]) -> list:
@@ -193,7 +203,8 @@ def _requires_grad(*tensors: Tensor) -> int:
 
 
 def _positives(ring: Ring, asked, positives: Tensor | None, by_id: bool, device) -> Tensor | None:
-    """Global columns of this rank's rows, [G, M]."""
+    """Global columns of this rank's rows, [G, M]; without positives, row i matches column i if
+    there are as many, by_id or not."""
     if positives is not None:
         return positives.reshape(asked.G, asked.M)
     rows, cols = sum(ring.M), sum(ring.N)
@@ -234,24 +245,29 @@ def contrastive_loss(
     duplicates: str,
     direction: str,
     label_smoothing: float,
+    exclude_self: bool,
     reduction: str,
     group: dist.ProcessGroup,
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """contrastive_loss over the ranks of a group, arguments validated; x [G, M, D], y [G, N, D]."""
     ring = _meet(
-        "contrastive_loss", group, asked, _REDUCTIONS.index(reduction),
-        _DIRECTIONS.index(direction), _DUPLICATES.index(duplicates),
+        "contrastive_loss", group, asked, positives, _REDUCTIONS.index(reduction),
+        _DIRECTIONS.index(direction), _DUPLICATES.index(duplicates), int(exclude_self),
         struct.unpack("q", struct.pack("d", label_smoothing))[0],
         int(positives is not None), int(asked.ids), int(scale.dim() > 1),
         _requires_grad(x, y, scale),
     )  # fmt: skip
     by_id = asked.ids and duplicates == "positive"
-    positives = _positives(ring, asked, positives, by_id, x.device)
+    direction = "x" if exclude_self else direction  # losses of columns are those of rows
+    if positives is not None or not exclude_self:
+        positives = _positives(ring, asked, positives, by_id, x.device)
     loss_x, loss_y, n_x, n_y = _Contrastive.apply(
         x, y, scale, positives, ids_x, ids_y, ring, backend, duplicates == "ignore",
-        label_smoothing, asked.normalize, direction,
+        label_smoothing, asked.normalize, direction, exclude_self,
     )  # fmt: skip
+    if exclude_self:
+        loss_y = loss_x
     if reduction == "none":
         return loss_x, loss_y
     sums = torch.stack([loss_x.double().sum(), loss_y.double().sum(), n_x, n_y])
@@ -268,17 +284,21 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, y, scale, positives, ids_x, ids_y, ring, backend, ignore, smoothing, normalize,
-        direction,
+        direction, exclude_self,
     ):  # fmt: skip
         want_x, want_y = direction != "y", direction != "x"
         module = backends.load(backend, ring.op)
         stats_x, columns = None, Carried(ring, 2, pairs.merge)
         with torch.autocast(x.device.type, enabled=False):
             for owner, (y_o, *ids_o) in ring.towers([y, *_given(ids_y)], [1, 1]):
-                block_x, block_y = module.fwd(
-                    x, y_o, scale, _local(ring, positives, owner), ids_x, *(ids_o or [None]),
-                    ignore, normalize, want_x, want_y,
-                )  # fmt: skip
+                local = _local(ring, positives, owner)
+                if exclude_self and owner == ring.rank:
+                    block_x = self_similarity.fwd(module, x, scale, local, ids_x, ignore, normalize)
+                else:
+                    block_x, block_y = module.fwd(
+                        x, y_o, scale, local, ids_x, *(ids_o or [None]), ignore, normalize,
+                        want_x, want_y,
+                    )  # fmt: skip
                 stats_x = block_x if stats_x is None else pairs.merge(stats_x, block_x)
                 if want_y:
                     columns.add(block_y)
@@ -288,14 +308,14 @@ class _Contrastive(torch.autograd.Function):
         n_x, n_y = ((s[3] > 0.0).double().sum() for s in (stats_x, stats_y))
         ctx.mark_non_differentiable(n_x, n_y)
         ctx.save_for_backward(x, y, scale, positives, ids_x, ids_y, stats_x, stats_y)
-        ctx.options = ring, backend, ignore, smoothing, normalize, want_x, want_y
+        ctx.options = ring, backend, ignore, smoothing, normalize, want_x, want_y, exclude_self
         return loss_x.to(scale.dtype), loss_y.to(scale.dtype), n_x, n_y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss_x, dloss_y, _dn_x, _dn_y):
         x, y, scale, positives, ids_x, ids_y, stats_x, stats_y = ctx.saved_tensors
-        ring, backend, ignore, smoothing, normalize, want_x, want_y = ctx.options
+        ring, backend, ignore, smoothing, normalize, want_x, want_y, exclude_self = ctx.options
         dloss_x = dloss_x if want_x else torch.zeros_like(dloss_x)
         dloss_y = dloss_y if want_y else torch.zeros_like(dloss_y)
         coef_x = pairs.coefficients(stats_x, dloss_x, smoothing)
@@ -306,13 +326,20 @@ class _Contrastive(torch.autograd.Function):
         tower = [y, coef_y, *_given(ids_y)]
         with torch.autocast(x.device.type, enabled=False):
             for owner, (y_o, coef_o, *ids_o) in ring.towers(tower, [1, 2, 1]):
-                grads.add(
-                    module.bwd(
-                        coef_x, coef_o, x, y_o, scale, _local(ring, positives, owner), ids_x,
-                        *(ids_o or [None]), ignore, normalize, needs,
+                local = _local(ring, positives, owner)
+                if exclude_self and owner == ring.rank:
+                    blocks = self_similarity.bwd(
+                        module, coef_x, x, scale, local, ids_x, ignore, normalize, needs[::2]
                     )
-                )  # fmt: skip
-        return *grads.home(), *[None] * 9
+                    if needs[1]:  # of both roles of x
+                        blocks.insert(1, torch.zeros_like(y))
+                else:
+                    blocks = module.bwd(
+                        coef_x, coef_o, x, y_o, scale, local, ids_x, *(ids_o or [None]), ignore,
+                        normalize, needs,
+                    )  # fmt: skip
+                grads.add(blocks)
+        return *grads.home(), *[None] * 10
 
 
 @_disable_dynamo
@@ -331,8 +358,8 @@ def sigmoid_loss(
 ) -> Tensor:
     """sigmoid_loss over the ranks of a group, arguments validated; x [G, M, D], y [G, N, D]."""
     ring = _meet(
-        "sigmoid_loss", group, asked, _REDUCTIONS.index(reduction), 0, 0, 0, 0, int(asked.ids),
-        int(scale.dim() > 1), _requires_grad(x, y, scale, bias),
+        "sigmoid_loss", group, asked, None, _REDUCTIONS.index(reduction), 0, 0, 0, 0, 0,
+        int(asked.ids), int(scale.dim() > 1), _requires_grad(x, y, scale, bias),
     )  # fmt: skip
     positives = None if asked.ids else _positives(ring, asked, None, False, x.device)
     loss = _Sigmoid.apply(
@@ -389,7 +416,7 @@ class _Gradients:
     def __init__(self, ring: Ring, inputs: tuple[Tensor, ...], needs: list[bool]) -> None:
         self._inputs, self._needs = inputs, needs
         self._sums: list[Tensor | None] = [None] * len(inputs)
-        self._dy = Carried(ring, 1, torch.add)
+        self._dy = Carried(ring, 1, Tensor.add_)
 
     def add(self, blocks: list[Tensor]) -> None:
         """The gradients of one hop, those needed only."""

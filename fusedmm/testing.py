@@ -350,7 +350,7 @@ def _pair_scores(x: Tensor, y: Tensor, logit_scale: Tensor, normalize: bool) -> 
 
 def _eager_contrastive_loss(
     x, y, logit_scale, *, positives=None, ids_x=None, ids_y=None, duplicates="positive",
-    direction="both", label_smoothing=0.0, normalize=False, reduction="mean",
+    direction="both", label_smoothing=0.0, normalize=False, exclude_self=False, reduction="mean",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     s = _pair_scores(x, y, logit_scale, normalize)  # [..., M, N]
     M, N = s.shape[-2:]
@@ -367,6 +367,9 @@ def _eager_contrastive_loss(
             match = match | same
         else:
             dropped = same & ~match
+    if exclude_self:
+        own = torch.eye(N, dtype=torch.bool, device=s.device)
+        match, dropped = match & ~own, dropped | own
 
     def rows(s: Tensor, match: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
         logp = s.masked_fill(dropped, NEG_INF).log_softmax(-1).masked_fill(dropped, 0.0)

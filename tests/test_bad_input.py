@@ -34,6 +34,9 @@ def _z(*shape: int, dtype: torch.dtype = F32, device: str = "cpu") -> torch.Tens
 
 
 IDS = torch.arange(5)
+MATE = torch.tensor([1, 0, 3, 2, 4])  # row 4 is its own
+OWN = torch.zeros(5, 8)
+TWICE = {"x": OWN, "y": OWN, "exclude_self": True}
 CO, BI, CON, SIG = "co_attention", "bi_attention", "contrastive_loss", "sigmoid_loss"
 BACKENDS = "'cuda', 'triton', 'cpu', 'reference'"
 FLOATS = "float32, float16, bfloat16, float64"
@@ -186,6 +189,20 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     (CON, {"reduction": None}, ValueError,
      "reduction: expected one of 'mean', 'sum', 'none', got None"),
     (CON, {"normalize": 1}, TypeError, "normalize: expected a bool, got int"),
+    (CON, {"exclude_self": None}, TypeError, "exclude_self: expected a bool, got NoneType"),
+    (CON, {"exclude_self": True, "positives": MATE}, ValueError,
+     "y: expected the very tensor x, for exclude_self, got another tensor"),
+    (CON, {**TWICE, "ids_x": IDS, "ids_y": IDS + 0}, ValueError,
+     "ids_y: expected the very tensor ids_x, for exclude_self, got another tensor"),
+    (CON, TWICE, ValueError, "positives: expected a tensor, or ids, for exclude_self, got None"),
+    (CON, {**TWICE, "positives": MATE, "logit_scale": _z(5)}, ValueError,
+     "logit_scale: expected a scalar, for exclude_self, got shape [5]"),
+    (CON, {**TWICE, "positives": MATE}, ValueError,
+     "positives: expected positives[positives[i]] == i != positives[i], for exclude_self, "
+     "got positives[4] = 4"),
+    (CON, {**TWICE, "positives": (IDS + 1) % 5}, ValueError,
+     "positives: expected positives[positives[i]] == i != positives[i], for exclude_self, "
+     "got positives[0] = 1"),
     (SIG, {"ids_x": IDS}, ValueError,
      "ids_y: expected ids as well, since ids_x is given, got None"),
     (SIG, {"ids_x": IDS[:, None], "ids_y": IDS}, ValueError,

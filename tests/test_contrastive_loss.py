@@ -6,6 +6,7 @@ import torch
 from suites import PairLossSuite
 from torch.nn import functional as F
 
+import fusedmm
 from fusedmm import testing
 from fusedmm.testing import PairShape, fused, make_case
 
@@ -213,3 +214,106 @@ class TestContrastiveLoss(PairLossSuite):
             want = torch.autograd.grad(testing.eager(exact)[i].sum(), [*exact.tensors.values()])
             for g, w in zip(got, want, strict=True):
                 torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
+def views(M: int, lead=(), dtype=torch.float32, device="cpu", **options) -> testing.Case:
+    """M rows whose positives are a random pairing; ids of a third as many values."""
+    case = make_case("contrastive_loss", PairShape(M, M, 24, lead), dtype, ids=max(M // 3, 1))
+    order = torch.rand(*lead, M).argsort(-1)
+    mate = torch.empty_like(order).scatter_(-1, order, order.roll(M // 2, -1))
+    ids = case.options["ids_x"].to(device)
+    every = {"positives": mate.to(device), "ids_x": ids, "ids_y": ids, "duplicates": "positive"}
+    kept = {k: v for k, v in every.items() if options.pop(k, k != "positives")}
+    if "positives" in kept and "ids_x" in kept:
+        kept["duplicates"] = "ignore"
+    options = {"reduction": "none", "exclude_self": True, **kept, **options}
+    tensors = {k: case.tensors[k].to(device) for k in ("x", "logit_scale")}
+    return testing.Case(case.op, tensors, options, dtype)
+
+
+def twice(case: testing.Case) -> testing.Case:
+    """The case with y = x, one tensor in both roles."""
+    pair = {"x": case.tensors["x"], "y": case.tensors["x"], **case.tensors}
+    return testing.Case(case.op, pair, case.options, case.dtype)
+
+
+def ours(backend: str):
+    """The fused op of x against itself, as a function of a case."""
+    return lambda case: fused(twice(case), backend)
+
+
+def eager_twice(case: testing.Case):
+    """Eager, score matrix and all."""
+    return testing.eager(twice(case))
+
+
+NO_IDS = {"ids_x": False, "ids_y": False, "duplicates": False}
+
+
+class TestSelfSimilarity:
+    """exclude_self: NT-Xent (positives), SupCon (ids), known duplicates ignored (both)."""
+
+    @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        "matches",
+        [{"positives": True, **NO_IDS}, {}, {"positives": True}],
+        ids=["pair", "ids", "both"],
+    )
+    @pytest.mark.parametrize("size", [(2, ()), (64, (2,)), (200, (2,)), (330, ())], ids=str)
+    def test_matches_oracle(self, backend, device, size, matches, dtype):
+        M, lead = size
+        normalize = M == 200
+        case = views(
+            M, lead, dtype, device, **matches, normalize=normalize, label_smoothing=0.1 * normalize
+        )
+        want = testing.values_and_grads(eager_twice, case.at(torch.float64))
+        base = testing.values_and_grads(eager_twice, case)
+        got = testing.values_and_grads(ours(backend), case)
+        for name, exact in want.items():
+            limit = testing.bound(name, base[name], exact, case)
+            assert testing.max_error(got[name], exact) <= limit, name
+
+    def test_gradcheck(self):
+        case = views(70, dtype=torch.float64, positives=True).leaves()
+
+        def function(x, scale):
+            return ours("reference")(case.replace(x=x, logit_scale=scale))
+
+        assert torch.autograd.gradcheck(function, tuple(case.tensors.values()), fast_mode=True)
+
+    def test_is_nt_xent(self, backend, device):
+        """The formula everyone writes: two views of 100 pictures, every direction, mean and sum."""
+        x = F.normalize(torch.randn(200, 32), dim=-1).to(device)
+        mate = (torch.arange(200, device=device) + 100) % 200
+        s = (5.0 * x.double() @ x.double().T).fill_diagonal_(float("-inf"))
+        want = F.cross_entropy(s, mate)
+        for direction in ("both", "x", "y"):
+            for reduction, factor in (("mean", 1), ("sum", 200)):
+                got = fusedmm.contrastive_loss(
+                    x, x, 5.0, positives=mate, exclude_self=True, direction=direction,
+                    reduction=reduction, backend=backend,
+                )  # fmt: skip
+                torch.testing.assert_close(got.double(), factor * want, rtol=1e-6, atol=0)
+
+    def test_compiles_and_repeats(self, backend, device):
+        case = views(150, device=device, positives=True, **NO_IDS)
+        want = testing.values_and_grads(ours(backend), case)
+        harness.assert_same(testing.values_and_grads(ours(backend), case), want)
+        compiled = torch.compile(ours(backend), fullgraph=True, backend="aot_eager")
+        harness.assert_same(testing.values_and_grads(compiled, case), want)
+
+    def test_visits_half_of_the_scores(self, monkeypatch):
+        """The blocks cover each pair once: entries handed to kernels are at most half of M * M."""
+        from fusedmm.backends.reference import contrastive_loss as reference
+
+        seen, fwd = [], reference.fwd
+
+        def watched(x, y, *rest):
+            seen.append(x.shape[0] * x.shape[1] * y.shape[1])
+            return fwd(x, y, *rest)
+
+        monkeypatch.setattr(reference, "fwd", watched)
+        M = 1000
+        ours("reference")(views(M, positives=True, **NO_IDS))
+        blocks = [64] * 15 + [40]
+        assert sum(seen) == (M * M - sum(b * b for b in blocks)) // 2

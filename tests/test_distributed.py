@@ -10,6 +10,8 @@ import datetime
 import functools
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -32,7 +34,8 @@ DEAD_TIMEOUT = datetime.timedelta(seconds=4)
 class Case:
     loss: str = "contrastive_loss"
     options: tuple = ()
-    data: str = "square"  # or "ids", "positives", "moved" (columns lie on other ranks than rows)
+    # Or "ids", "positives", "moved" (columns lie on other ranks than rows), "self" (y is x).
+    data: str = "square"
     lead: tuple = ()
     per_row: bool = False
     dtype: torch.dtype = torch.float64
@@ -63,6 +66,9 @@ CASES = [
     Case(dtype=torch.float32, backend=None),
     Case(dtype=torch.float32, backend=None, options=options(normalize=True), data="ids"),
     Case(dtype=torch.bfloat16, backend=None, options=options(normalize=True)),
+    Case(data="self+pairs", options=options(normalize=True)),
+    Case(data="self+pairs", options=options(reduction="none", label_smoothing=0.1), lead=(2,)),
+    Case(data="self+ids", dtype=torch.float32, backend=None),
     Case("sigmoid_loss"),
     Case("sigmoid_loss", data="moved", options=options(normalize=True), lead=(2,), per_row=True),
     Case("sigmoid_loss", data="ids", options=options(reduction="sum")),
@@ -89,10 +95,11 @@ class Data:
 def make(case: Case, world: int) -> Data:
     generator = torch.Generator().manual_seed(world)
     rows = ROWS[:world]
+    rows[0] += sum(rows) % 2 if "pairs" in case.data else 0
     cols = rows
     if case.data == "moved":
         cols = rows[::-1]
-    elif case.data != "square":
+    elif case.data != "square" and "self" not in case.data:
         cols = [4, 0, 7, 2][:world]
         cols[0] += max(0, sum(rows) - sum(cols)) if "positives" in case.data else 0
     M, N = sum(rows), sum(cols)
@@ -106,6 +113,10 @@ def make(case: Case, world: int) -> Data:
         extra = dict(ids_x=torch.arange(M) % 4, ids_y=torch.arange(N) % 5)
     if "positives" in case.data:
         extra["positives"] = torch.randperm(N, generator=generator)[:M]
+    if "pairs" in case.data:
+        order = torch.randperm(M, generator=generator)
+        mate = torch.arange(M).scatter(0, order, order.roll(M // 2))
+        extra["positives"] = mate.expand(*case.lead, M)
     stats = torch.float64 if case.dtype == torch.float64 else torch.float32
     shape = (*case.lead, M) if case.per_row else ()
     scale = 3.0 + torch.rand(shape, generator=generator, dtype=torch.float64).to(stats)
@@ -133,6 +144,9 @@ def run(case: Case, data: Data, group=None, rank: int = 0) -> dict:
             extra[k] = mine(t, data.cols if k == "ids_y" else data.rows, rank, -1)
     leaves = [t.detach().clone().requires_grad_() for t in (x, y, scale, bias)]
     arguments = leaves if case.loss == "sigmoid_loss" else leaves[:3]
+    if "self" in case.data:
+        arguments[1], extra["exclude_self"] = arguments[0], True
+        extra |= {k: extra["ids_x"] for k in ("ids_x", "ids_y") if k in extra}
     out = getattr(fusedmm, case.loss)(
         *arguments, **extra, **dict(case.options), group=group, backend=case.backend
     )
@@ -214,6 +228,7 @@ def refusals(group, rank: int) -> list[str]:
         lambda: fusedmm.contrastive_loss(
             torch.zeros(4 if odd else 3, 2), torch.zeros(3, 2), 1.0, group=group
         ),
+        lambda: call(positives=torch.tensor([0, 1, 12 if odd else 2])),
     ]
     said = []
     for attempt in tries:
@@ -296,19 +311,24 @@ def fsdp_step(group) -> list[torch.Tensor]:
 
 
 def with_a_dead_rank(rank: int, folder: str, results: dict) -> None:
-    """Rank 3 leaves before the call; the others must raise in time. Saves the results."""
-    group = dist.new_group(timeout=DEAD_TIMEOUT)
+    """Rank 3 leaves after a forward: the others' backward and their next call must raise in time.
+    Saves the results."""
+    first, second = (dist.new_group(timeout=DEAD_TIMEOUT) for _ in range(2))
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = fusedmm.contrastive_loss(x, x, 1.0, group=first)
+    dist.barrier()
     if rank == 3:
         torch.save(results, f"{folder}/{rank}.pt")
         os._exit(0)
-    start = time.monotonic()
-    x = torch.randn(3, 4)
-    try:
-        fusedmm.contrastive_loss(x, x, 1.0, group=group)
-        said = "nothing"
-    except RuntimeError as error:
-        said = str(error)
-    results["dead"] = said, time.monotonic() - start
+    results["dead"] = []
+    for call in (loss.backward, lambda: fusedmm.contrastive_loss(x, x, 1.0, group=second)):
+        start = time.monotonic()
+        try:
+            call()
+            said = "nothing"
+        except RuntimeError as error:
+            said = str(error)
+        results["dead"].append((said, time.monotonic() - start))
     torch.save(results, f"{folder}/{rank}.pt")
     os._exit(0)
 
@@ -378,7 +398,8 @@ def test_bytes_per_rank(results):
 
 
 def test_one_odd_rank_is_an_error_on_every_rank(results):
-    D, option, smoothing, grad, op, rows = zip(*(r["refusals"] for r in results), strict=True)
+    said = zip(*(r["refusals"] for r in results), strict=True)
+    D, option, smoothing, grad, op, rows, positives = said
     assert set(D) == {
         "contrastive_loss: group: expected the same D on every rank, got [4, 5, 4, 4]"
     }
@@ -395,15 +416,17 @@ def test_one_odd_rank_is_an_error_on_every_rank(results):
     assert set(rows) == {
         "contrastive_loss: y: expected as many rows as x over all ranks, 13, got 12"
     }
+    assert set(positives) == {"contrastive_loss: positives: expected indices in [0, 12), got 12"}
 
 
 def test_a_dead_rank_is_an_error_in_time(results):
     for r in results[:3]:
-        said, seconds = r["dead"]
-        assert said == (
-            "contrastive_loss: group: a rank failed or did not answer within the group's timeout"
-        )
-        assert seconds < DEAD_TIMEOUT.total_seconds() + 5
+        for said, seconds in r["dead"]:
+            assert said == (
+                "contrastive_loss: group: a rank failed or did not answer within the group's "
+                "timeout"
+            )
+            assert seconds < DEAD_TIMEOUT.total_seconds() + 5
 
 
 def single_process() -> tuple[list, list]:
@@ -430,6 +453,39 @@ def test_fsdp2_and_grad_cache(results):
         for got in r["fsdp"]:
             for a, i in zip(got, order, strict=True):
                 torch.testing.assert_close(a.reshape(step[i].shape), step[i], rtol=1e-5, atol=1e-6)
+
+
+TORCHRUN = """
+import torch, torch.distributed as dist, fusedmm
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = torch.nn.Linear(6, 4)
+x, y = torch.randn(10, 6), torch.randn(10, 6)
+loss = fusedmm.contrastive_loss(model(x), model(y), 5.0, normalize=True)
+(want,) = torch.autograd.grad(loss, model.weight)
+x, y = (t.split([7, 3])[rank] for t in (x, y))
+ddp = torch.nn.parallel.DistributedDataParallel(model)
+rows = ddp(torch.cat([x, y])).split(len(x))
+got = fusedmm.contrastive_loss(*rows, 5.0, normalize=True, group=dist.group.WORLD)
+got.backward()
+torch.testing.assert_close(got, loss)
+torch.testing.assert_close(model.weight.grad, want)
+dist.destroy_process_group()
+"""
+
+
+def test_under_torchrun(tmp_path):
+    script = tmp_path / "step.py"
+    script.write_text(TORCHRUN)
+    launch = "torch.distributed.run --standalone --nproc-per-node 2".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, str(script)], capture_output=True, text=True,
+        env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_grad_cache_repeats_dropout():

@@ -72,7 +72,7 @@ def test_signature_is_the_contract(op):
         "scale=None, dropout_p=0.0, return_lse=False, backend=None",
         "contrastive_loss": "x, y, logit_scale, *, positives=None, ids_x=None, ids_y=None, "
         "duplicates='positive', direction='both', label_smoothing=0.0, normalize=False, "
-        "reduction='mean', group=None, backend=None",
+        "exclude_self=False, reduction='mean', group=None, backend=None",
         "sigmoid_loss": "x, y, logit_scale, logit_bias, *, ids_x=None, ids_y=None, "
         "normalize=False, reduction='mean', group=None, backend=None",
     }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, check, distributed, problem
-from . import pairs
+from . import pairs, self_similarity
 from ._call import op, plan
 from ._common import autocast
 
@@ -23,6 +23,7 @@ def contrastive_loss(
     direction: str = "both",
     label_smoothing: float = 0.0,
     normalize: bool = False,
+    exclude_self: bool = False,
     reduction: str = "mean",
     group=None,
     backend: str | None = None,
@@ -45,6 +46,9 @@ def contrastive_loss(
         direction: "both" (mean of the two), "x" (rows only), "y" (columns only).
         label_smoothing: share of the target spread evenly over the denominator, in [0, 1].
         normalize: L2-normalise the rows of x and y inside the op.
+        exclude_self: y is x, and entry (i, i) neither a match nor a negative (NT-Xent, SupCon), at
+            half the work. Matches are positives that point back at each other, or ids; logit_scale
+            is a scalar; losses of columns are those of rows.
         reduction: "mean" over the rows that have a match, "sum", or "none".
         group: torch.distributed process group; x and y are this rank's rows, positives and ids
             count over the concatenation in rank order. Same loss on every rank; gradients that
@@ -61,6 +65,9 @@ def contrastive_loss(
         check.choice(OP, "direction", direction, ("both", "x", "y"))
         check.choice(OP, "reduction", reduction, ("mean", "sum", "none"))
         check.fraction(OP, "label_smoothing", label_smoothing)
+        check.flag(OP, "exclude_self", exclude_self)
+        if exclude_self:
+            _check_self(x, y, logit_scale, positives, ids_x, ids_y, duplicates)
         x, y = autocast(x, y)
         by_id = ids_x is not None and duplicates == "positive"
         square = positives is None and not by_id and group is None
@@ -77,15 +84,17 @@ def contrastive_loss(
         loss = distributed.contrastive_loss(
             asked, x, y, scale, positives, ids_x, ids_y,
             duplicates=duplicates, direction=direction, label_smoothing=float(label_smoothing),
-            reduction=reduction, group=group, backend=name,
+            exclude_self=exclude_self, reduction=reduction, group=group, backend=name,
         )  # fmt: skip
         if reduction == "none":
             return loss[0].reshape(*lead, M), loss[1].reshape(*lead, N)
         return loss
     if positives is not None:
         positives = positives.reshape(G, M)
-    elif M == N:
+    elif M == N and not exclude_self:
         positives = pairs.default_positives(G, M, x.device)
+    if exclude_self:
+        y = x.detach()  # the gradient of both roles comes as that of x
     loss_x, loss_y, stats_x, stats_y = _fwd(
         x,
         y,
@@ -96,10 +105,13 @@ def contrastive_loss(
         duplicates == "ignore",
         float(label_smoothing),
         normalize,
-        direction != "y",
-        direction != "x",
+        exclude_self or direction != "y",
+        not exclude_self and direction != "x",
+        exclude_self,
         name,
     )
+    if exclude_self:
+        loss_y, stats_y = loss_x, stats_x
     if reduction == "none":
         return loss_x.reshape(*lead, M), loss_y.reshape(*lead, N)
     if reduction == "sum":
@@ -107,6 +119,18 @@ def contrastive_loss(
     else:
         total_x, total_y = pairs.mean_of(loss_x, stats_x[3]), pairs.mean_of(loss_y, stats_y[3])
     return {"x": total_x, "y": total_y, "both": (total_x + total_y) / 2}[direction]
+
+
+def _check_self(x, y, logit_scale, positives, ids_x, ids_y, duplicates: str) -> None:
+    if y is not x:
+        raise check.bad(OP, "y", "the very tensor x, for exclude_self", "another tensor")
+    if ids_y is not ids_x:
+        raise check.bad(OP, "ids_y", "the very tensor ids_x, for exclude_self", "another tensor")
+    if positives is None and (ids_x is None or duplicates == "ignore"):
+        raise check.bad(OP, "positives", "a tensor, or ids, for exclude_self", None)
+    if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
+        got = f"shape {list(logit_scale.shape)}"
+        raise check.bad(OP, "logit_scale", "a scalar, for exclude_self", got)
 
 
 @op("fusedmm::contrastive_loss_fwd")
@@ -122,12 +146,19 @@ def _fwd(
     normalize: bool,
     want_x: bool,
     want_y: bool,
+    exclude_self: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pairs.check_positives(positives, y.shape[1])
-    stats_x, stats_y = backends.load(backend, "contrastive_loss").fwd(
-        x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
-    )
+    pairs.check_positives(*pairs.range_of(positives), y.shape[1])
+    module = backends.load(backend, "contrastive_loss")
+    if exclude_self:
+        self_similarity.check_mutual(positives)
+        stats_x = self_similarity.fwd(module, x, logit_scale, positives, ids_x, ignore, normalize)
+        stats_y = torch.zeros_like(stats_x)
+    else:
+        stats_x, stats_y = module.fwd(
+            x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
+        )
     loss_x = pairs.row_loss(stats_x, label_smoothing) if want_x else torch.zeros_like(stats_x[0])
     loss_y = pairs.row_loss(stats_y, label_smoothing) if want_y else torch.zeros_like(stats_y[0])
     return loss_x.to(logit_scale.dtype), loss_y.to(logit_scale.dtype), stats_x, stats_y
@@ -156,12 +187,18 @@ def _bwd(
     ignore: bool,
     label_smoothing: float,
     normalize: bool,
+    exclude_self: bool,
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
+    module = backends.load(backend, "contrastive_loss")
     coef_x = pairs.coefficients(stats_x, dloss_x, label_smoothing)
+    if exclude_self:
+        return self_similarity.bwd(
+            module, coef_x, x, logit_scale, positives, ids_x, ignore, normalize, needs[::2]
+        )
     coef_y = pairs.coefficients(stats_y, dloss_y, label_smoothing)
-    return backends.load(backend, "contrastive_loss").bwd(
+    return module.bwd(
         coef_x, coef_y, x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, needs
     )
 
@@ -173,7 +210,8 @@ def _(dloss_x, dloss_y, x, y, logit_scale, *rest):
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.ignore, ctx.label_smoothing, ctx.normalize, ctx.want_x, ctx.want_y, name = inputs
+    *tensors, ctx.ignore, ctx.label_smoothing, ctx.normalize = inputs[:9]
+    ctx.want_x, ctx.want_y, ctx.exclude_self, name = inputs[9:]
     _, _, stats_x, stats_y = output
     ctx.mark_non_differentiable(stats_x, stats_y)
     ctx.backend = name
@@ -187,12 +225,12 @@ def _backward(ctx, dloss_x, dloss_y, _dstats_x, _dstats_y):
     dloss_y = dloss_y if ctx.want_y else torch.zeros_like(dloss_y)
     grads = iter(
         _bwd(dloss_x, dloss_y, x, y, scale, positives, ids_x, ids_y, stats_x, stats_y,
-             ctx.ignore, ctx.label_smoothing, ctx.normalize, needs, ctx.backend)
+             ctx.ignore, ctx.label_smoothing, ctx.normalize, ctx.exclude_self, needs, ctx.backend)
     )  # fmt: skip
     dx, dy, dscale = (next(grads) if n else None for n in needs)
     if dscale is not None and scale.dim() == 1:
         dscale = dscale.sum().reshape(1)
-    return dx, dy, dscale, *[None] * 9
+    return dx, dy, dscale, *[None] * 10
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)

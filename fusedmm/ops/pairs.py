@@ -61,12 +61,17 @@ def as_rows(logit_scale: Tensor | float, x: Tensor, G: int, M: int) -> Tensor:
     return logit_scale.to(dtype).reshape((1,) if logit_scale.numel() == 1 else (G, M))
 
 
-def check_positives(positives: Tensor | None, N: int) -> None:
-    """ValueError on an index outside [0, N). On a GPU it would stall the stream: there such a row
-    has no match."""
+def range_of(positives: Tensor | None) -> tuple[int, int]:
+    """Least and greatest index; an empty range on a GPU, where looking would stall the stream and a
+    row with an index outside has no match."""
     if positives is None or positives.device.type != "cpu" or positives.numel() == 0:
-        return
-    low, high = (int(t) for t in positives.aminmax())
+        return 0, -1
+    low, high = positives.aminmax()
+    return int(low), int(high)
+
+
+def check_positives(low: int, high: int, N: int) -> None:
+    """ValueError on an index outside [0, N)."""
     if low < 0 or high >= N:
         got = low if low < 0 else high
         raise check.bad("contrastive_loss", "positives", f"indices in [0, {N})", got)

@@ -60,10 +60,11 @@ def fwd(
     sum / count of all. logit_scale is [G, M] or [1]; zeros where not wanted."""
     s = logit_scale[..., None] * dots(x, y, normalize)
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
-    return _stats(s, pos, out), _stats(s.mT, pos.mT, out.mT)
+    return row_stats(s, pos, out), row_stats(s.mT, pos.mT, out.mT)
 
 
-def _stats(s: Tensor, pos: Tensor, out: Tensor) -> Tensor:
+def row_stats(s: Tensor, pos: Tensor, out: Tensor) -> Tensor:
+    """Statistics [6, G, M] of the rows of s."""
     neg = _logsumexp(s.masked_fill(pos | out, NEG_INF))
     lse_pos = _logsumexp(s.masked_fill(~pos, NEG_INF))
     sum_pos = s.masked_fill(~pos, 0.0).sum(-1, dtype=torch.float64)
@@ -96,14 +97,15 @@ def bwd(
     products = xh @ yh.mT
     s = scale * products
     pos, out = matches(positives, ids_x, ids_y, ignore, s)
-    ds = _ds(s, pos, out, coef_x) + _ds(s.mT, pos.mT, out.mT, coef_y).mT
+    ds = row_ds(s, pos, out, coef_x) + row_ds(s.mT, pos.mT, out.mT, coef_y).mT
     dx = unit_bwd(scale * (ds @ yh), xh, inv_x)
     dy = unit_bwd((scale * ds).mT @ xh, yh, inv_y)
     grads = (dx.to(x.dtype), dy.to(y.dtype), (ds * products).sum(-1))
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
-def _ds(s: Tensor, pos: Tensor, out: Tensor, coef: Tensor) -> Tensor:
+def row_ds(s: Tensor, pos: Tensor, out: Tensor, coef: Tensor) -> Tensor:
+    """Gradient of s from the losses of its rows."""
     lse, w, t, u, g = (c[..., None] for c in coef)
     p = torch.exp(s - torch.where(lse == NEG_INF, 0.0, lse))
     at_pos = torch.where(g <= 1.0, g, p - t)
