@@ -19,22 +19,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fusedmm.models.alignment import DeepCCA, DeepCCAConfig
+from fusedmm.models.autoencoder import AutoencoderConfig, JointAutoencoder
 from fusedmm.models.clip import CLIP, CLIPConfig
+from fusedmm.models.distillation import DistillationConfig, Students
 from fusedmm.models.fusion import FusionConfig, FusionZoo
 from fusedmm.models.grounding import Grounder, GrounderConfig
 from fusedmm.models.siglip import SigLIP
 from fusedmm.models.tokenizer import Tokenizer
 from fusedmm.models.vilbert import ViLBERT, ViLBERTConfig
 from fusedmm.models.vlap import VLAP, VLAPConfig
+from fusedmm.models.vlmp import VLMP, VLMPConfig
 from fusedmm.models.vlp import VLP, VLPConfig
+from fusedmm.models.vqa import VQA, VQAConfig
 
 MODELS: dict[str, tuple[type[nn.Module], type]] = {
+    "alignment": (DeepCCA, DeepCCAConfig),
+    "autoencoder": (JointAutoencoder, AutoencoderConfig),
     "clip": (CLIP, CLIPConfig),
+    "distillation": (Students, DistillationConfig),
     "fusion": (FusionZoo, FusionConfig),
     "grounding": (Grounder, GrounderConfig),
     "siglip": (SigLIP, CLIPConfig),
     "vlap": (VLAP, VLAPConfig),
+    "vlmp": (VLMP, VLMPConfig),
     "vlp": (VLP, VLPConfig),
+    "vqa": (VQA, VQAConfig),
     "vilbert": (ViLBERT, ViLBERTConfig),
 }
 

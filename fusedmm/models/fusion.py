@@ -109,14 +109,14 @@ class Meeting(nn.Module):
 
 
 class Pooled(Meeting):
-    """The mean of the grid meets the question in one of the classic fusion layers."""
+    """The maximum over the grid meets the question in one of the classic fusion layers."""
 
     def __init__(self, width: int, classes: int, layer: type[nn.Module]) -> None:
         super().__init__(width, classes)
         self.fuse = layer(width, width, width)
 
     def forward(self, grid: Tensor, words: Tensor, keep: Tensor, question: Tensor) -> Tensor:
-        return self.head(self.fuse(grid.mean(dim=1), question))
+        return self.head(self.fuse(grid.amax(dim=1), question))
 
 
 class Additive(Meeting):
@@ -146,7 +146,7 @@ class Cross(Meeting):
 
     def forward(self, grid: Tensor, words: Tensor, keep: Tensor, question: Tensor) -> Tensor:
         heard = self.attention(grid, words, keep)
-        cells = torch.relu(self.fuse(grid, heard)).mean(dim=1)
+        cells = self.fuse(grid, heard).amax(dim=1)
         return self.head(self.out(cells, question))
 
 
@@ -162,9 +162,8 @@ class Co(Meeting):
 
     def forward(self, grid: Tensor, words: Tensor, keep: Tensor, question: Tensor) -> Tensor:
         saw, heard = self.attention(words, grid, mask_x=keep)
-        w = torch.relu(self.words(words, saw)) * keep[..., None]
-        c = torch.relu(self.cells(grid, heard))
-        return self.head(self.fuse(c.mean(dim=1), w.sum(dim=1) / keep.sum(dim=1, keepdim=True)))
+        w = self.words(words, saw).masked_fill(~keep[..., None], float("-inf"))
+        return self.head(self.fuse(self.cells(grid, heard).amax(dim=1), w.amax(dim=1)))
 
 
 class Early(Meeting):
@@ -177,7 +176,7 @@ class Early(Meeting):
 
     def forward(self, grid: Tensor, words: Tensor, keep: Tensor, question: Tensor) -> Tensor:
         joined = self.fuse(grid, question[:, None].expand(-1, grid.shape[1], -1))
-        return self.head(self.mix(joined).mean(dim=1))
+        return self.head(self.mix(joined).amax(dim=1))
 
 
 class Late(Meeting):
@@ -188,7 +187,7 @@ class Late(Meeting):
         self.vote = nn.Sequential(nn.ReLU(), nn.Linear(width, classes))
 
     def forward(self, grid: Tensor, words: Tensor, keep: Tensor, question: Tensor) -> Tensor:
-        return self.head(grid.mean(dim=1)) + self.vote(question)
+        return self.head(grid.amax(dim=1)) + self.vote(question)
 
 
 class Hybrid(nn.Module):

@@ -10,19 +10,27 @@ import importlib
 
 from fusedmm.train.systems.base import Figure, Picture, Sources, System
 
+# Recipe: module and class.
 SYSTEMS = {
-    "fusion": "Fusion",
-    "grounding": "Grounding",
-    "siglip": "SigLip",
-    "vlap": "Vlap",
-    "vlp": "Vlp",
+    "alignment": ("alignment", "Alignment"),
+    "autoencoder": ("autoencoder", "Autoencoder"),
+    "distillation": ("distillation", "Distillation"),
+    "fusion": ("fusion", "Fusion"),
+    "grounding": ("grounding", "Grounding"),
+    "lxmert": ("vqa", "Lxmert"),
+    "siglip": ("siglip", "SigLip"),
+    "uniter": ("vqa", "Uniter"),
+    "vilbert-vqa": ("vqa", "VilbertVqa"),
+    "vlap": ("vlap", "Vlap"),
+    "vlmp": ("vlmp", "Vlmp"),
+    "vlp": ("vlp", "Vlp"),
 }
 
 
 def load_system(name: str) -> type[System]:
     """The class behind a recipe's name."""
-    module = importlib.import_module(f"fusedmm.train.systems.{name.replace('-', '_')}")
-    return getattr(module, SYSTEMS[name])
+    module, cls = SYSTEMS[name]
+    return getattr(importlib.import_module(f"fusedmm.train.systems.{module}"), cls)
 
 
 __all__ = ["SYSTEMS", "Figure", "Picture", "Sources", "System", "load_system"]

@@ -7,22 +7,18 @@ run compares them all. Left out: pretrained backbones (`--model.backbone resnet1
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedmm.models import Tokenizer
 from fusedmm.models.fusion import FusionConfig, FusionZoo
 from fusedmm.train.config import LoopConfig
-from fusedmm.train.easy_vqa import EasyVQA, Questions
 from fusedmm.train.evaluate import in_batches
 from fusedmm.train.loop import autocast, device
 from fusedmm.train.sampling import step_seed
 from fusedmm.train.systems.base import Figure, Picture, Sources, System
-
-QUESTION_LENGTH = 16
+from fusedmm.train.systems.questions import Asked, Batch, answered_gallery, question_tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,57 +26,11 @@ class FusionRecipe:
     """Everything that decides the numbers of this recipe; `batch_size` counts pictures."""
 
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=1200, batch_size=32, lr=2e-3, compare_steps=0)
+        default_factory=lambda: LoopConfig(steps=800, batch_size=32, lr=2e-3, compare_steps=0)
     )
     model: FusionConfig = field(default_factory=FusionConfig)
     questions: int = 4
     limit: int | None = None
-
-
-def question_tokenizer(data: EasyVQA, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE over the training questions; a row holds every question whole."""
-    return Tokenizer.train(data.train.texts, vocab_size=vocab_size, length=QUESTION_LENGTH)
-
-
-class Batch(NamedTuple):
-    """Questions that share pictures and wordings; `answer` [Q], the others as in `FusionZoo`."""
-
-    images: Tensor
-    tokens: Tensor
-    keep: Tensor
-    picture: Tensor
-    text: Tensor
-    answer: Tensor
-
-
-class Asked:
-    """Questions of one split with their tokens, ready to be drawn."""
-
-    def __init__(self, part: Questions, tokenizer: Tokenizer) -> None:
-        self.part = part
-        texts = list(dict.fromkeys(part.texts))
-        place = {t: i for i, t in enumerate(texts)}
-        self.text = torch.tensor([place[t] for t in part.texts])
-        self.tokens = tokenizer.encode(texts)
-        self.keep = self.tokens != tokenizer.pad
-        order = part.picture.argsort(stable=True)
-        counts = part.picture.bincount(minlength=len(part.images))
-        self.of_picture = order.split(counts.tolist())
-
-    def draw(self, seed: int, step: int, pictures: int, questions: int) -> Tensor:
-        """Rows of this step: `pictures` of them with up to `questions` questions each."""
-        g = torch.Generator().manual_seed(step_seed(seed, step, stream=3))
-        chosen = torch.randint(len(self.of_picture), (pictures,), generator=g).tolist()
-        rows = (self.of_picture[p] for p in chosen)
-        return torch.cat([r[torch.randperm(len(r), generator=g)[:questions]] for r in rows])
-
-    def batch(self, rows: Tensor) -> Batch:
-        """These questions, each picture and wording once, on the device."""
-        pictures, picture = self.part.picture[rows].unique(return_inverse=True)
-        texts, text = self.text[rows].unique(return_inverse=True)
-        images = self.part.images[pictures].float() / 255
-        columns = (images, self.tokens[texts], self.keep[texts], picture, text)
-        return Batch(*(c.to(device()) for c in (*columns, self.part.answer[rows])))
 
 
 class Fusion(System):
@@ -143,11 +93,6 @@ class Fusion(System):
 
     def gallery(self) -> list[Picture]:
         """Test questions at even distances, with what the first kind answers."""
-        rows = torch.arange(0, len(self.test.part), len(self.test.part) // 24)[:24]
-        said = self.predictions(rows)[0]
-        pixels = self.test.part.pixels(rows)
-        names, asked = self.data.answers, self.test.part
-        return [
-            Picture(image, f"{asked.texts[row]} {names[a]}", a == int(asked.answer[row]))
-            for image, row, a in zip(pixels, rows.tolist(), said.tolist(), strict=True)
-        ]
+        return answered_gallery(
+            self.data.answers, self.test.part, lambda rows: self.predictions(rows)[0]
+        )

@@ -23,7 +23,6 @@ from fusedmm.train.sampling import step_seed
 from fusedmm.train.systems.base import Figure, Picture, Sources, System
 
 QUADRANTS = 4
-EVALUATED = 1024
 DRAWING_SIZE = 32
 
 
@@ -37,6 +36,7 @@ class GroundingRecipe:
     model: GrounderConfig = field(default_factory=GrounderConfig)
     names: int = 300
     phrases: int = 2
+    evaluated: int = 1024
     limit: int | None = None
 
 
@@ -162,7 +162,7 @@ class Grounding(System):
     def evaluate(self) -> list[Figure]:
         """Share of phrases whose best box overlaps the right one by half, in unseen scenes."""
         out = []
-        count = EVALUATED // self.recipe.phrases
+        count = self.recipe.evaluated // self.recipe.phrases
         for name, rows in (("new scenes", self.known), ("drawings never seen", self.unknown)):
             _, iou, *_ = self.found(rows, count)
             hit = float((iou >= 0.5).double().mean())

@@ -17,12 +17,12 @@ from fusedmm.train import console
 from fusedmm.train.clip import embed
 from fusedmm.train.config import LoopConfig
 from fusedmm.train.drawings import DrawingBatches, name_tokenizer
-from fusedmm.train.evaluate import in_batches, retrieval
+from fusedmm.train.evaluate import in_batches
 from fusedmm.train.loop import autocast, device
 from fusedmm.train.sampling import step_seed
 from fusedmm.train.speech import VOICES, spoken
 from fusedmm.train.systems.base import Figure, Picture, Sources, System
-from fusedmm.train.systems.siglip import nearest_gallery
+from fusedmm.train.systems.towers import recall_figure, tower_gallery
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,12 @@ class Vlap(System):
             self.model, self.tokenizer, self.data, rows, self.recipe.loop.precision
         )
         audio = self.heard(rows)
-        out = []
-        for name, a, b in (
-            ("speech to image", audio, images),
-            ("text to image", texts, images),
-            ("speech to text", audio, texts),
-        ):
-            r = retrieval(a, b)
-            out.append(
-                Figure(f"{name}, R@10", r.recall[10], r.chance_recall[10], "random order", r.count)
-            )
-        return out
+        return [
+            recall_figure("speech to image", audio, images),
+            recall_figure("text to image", texts, images),
+            recall_figure("speech to text", audio, texts),
+        ]
 
     def gallery(self) -> list[Picture]:
         """Drawings with the names nearest to them."""
-        return nearest_gallery(self)
+        return tower_gallery(self)

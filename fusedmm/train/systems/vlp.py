@@ -16,10 +16,11 @@ from fusedmm.models import CLIPConfig
 from fusedmm.models.vlp import VLP, VLPConfig
 from fusedmm.train.config import LoopConfig
 from fusedmm.train.drawings import DrawingBatches, name_tokenizer
-from fusedmm.train.evaluate import in_batches, retrieval, text_overlap
+from fusedmm.train.evaluate import in_batches, text_overlap
 from fusedmm.train.loop import autocast, device
 from fusedmm.train.sampling import mask_tokens, step_seed
 from fusedmm.train.systems.base import Figure, Picture, Sources, System
+from fusedmm.train.systems.towers import recall_figure
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ class Vlp(System):
 
         index = torch.tensor(rows)
         with autocast(self.recipe.loop.precision):
-            r = retrieval(in_batches(name, tokens), in_batches(picture, index))
+            recall = recall_figure(
+                "text to image", in_batches(name, tokens), in_batches(picture, index)
+            )
             own = in_batches(matches, index, tokens).mean()
             wrong = in_batches(matches, index, tokens[other]).mean()
         written = self.captions(rows)
@@ -154,7 +157,7 @@ class Vlp(System):
         bleu_chance, rouge_chance = text_overlap(written, shuffled)
         what = "captions of other drawings"
         return [
-            Figure("text to image, R@10", r.recall[10], r.chance_recall[10], "random order", n),
+            recall,
             Figure("matching", float(own + 1 - wrong) / 2, 0.5, "coin", 2 * n),
             Figure("caption BLEU-4", bleu, bleu_chance, what, n, ""),
             Figure("caption ROUGE-L", rouge, rouge_chance, what, n, ""),
