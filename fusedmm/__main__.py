@@ -1,4 +1,4 @@
-"""Command line: `info`, `run`, `train RECIPE`, `eval`, `search TEXT`.
+"""Command line: `info`, `run`, `train RECIPE`, `table`, `compare`, `eval`, `search TEXT`.
 
 Parses and reports; the work is in fusedmm.info and fusedmm.train. Exit status: 0 done, 1 could not,
 2 bad usage, 130 stopped by Ctrl-C with its state saved.
@@ -14,7 +14,7 @@ from pathlib import Path
 EXPECTED = (ValueError, NotImplementedError, FloatingPointError, OSError, ModuleNotFoundError)
 
 
-def _parser(recipes: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(recipes: Sequence[str], cases: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fusedmm", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="versions, instruction set, each backend and why it is off")
@@ -25,6 +25,9 @@ def _parser(recipes: Sequence[str]) -> argparse.ArgumentParser:
         sub.add_argument(
             "--cache", type=Path, default=Path(".cache/openmoji"), help="where pixels are kept"
         )
+        if name in ("train", "eval", "search"):
+            text = "pictures with captions of your own in place of OpenMoji: folder, list or tar"
+            sub.add_argument("--data", type=Path, help=text)
         return sub
 
     fresh = {"action": "store_true", "help": "discard what the run folder holds"}
@@ -36,6 +39,13 @@ def _parser(recipes: Sequence[str]) -> argparse.ArgumentParser:
     train.add_argument("--name", help="folder below --runs, default the recipe's name")
     train.add_argument("--clip", type=Path, help="folder of the CLIP that the recipe starts from")
     train.add_argument("--fresh", **fresh)
+    table = command("table", "fill docs/recipes.md from the finished runs")
+    table.add_argument("--page", type=Path, default=Path("docs/recipes.md"))
+    compare = command("compare", "whole training steps of several recipes, ours against standard")
+    compare.add_argument("--page", type=Path, default=Path("docs/recipes.md"))
+    compare.add_argument("--clip", type=Path, help="folder of a trained CLIP")
+    compare.add_argument("--steps", type=int, default=20)
+    compare.add_argument("--cases", nargs="+", choices=cases, default=cases)
     evaluate = command("eval", "measure a trained model on a split")
     evaluate.add_argument("folder", type=Path, nargs="?", help="default RUNS/openmoji/clip")
     evaluate.add_argument("--clip", type=Path, help="vilbert: folder of the CLIP it starts from")
@@ -59,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         sys.stderr.write(f"fusedmm: {error.name} is not installed; pip install 'fusedmm[train]'\n")
         return 1
-    parser = _parser(commands.RECIPES)
+    parser = _parser(commands.RECIPES, list(commands.end_to_end.CASES))
     commands.add_recipe_flags(parser, argv)
     args = parser.parse_args(argv)
     try:

@@ -17,6 +17,7 @@ from fusedmm.models.autoencoder import AutoencoderConfig  # noqa: E402
 from fusedmm.models.distillation import DistillationConfig  # noqa: E402
 from fusedmm.models.fusion import FusionConfig  # noqa: E402
 from fusedmm.models.grounding import GrounderConfig, box_iou  # noqa: E402
+from fusedmm.models.text_to_image import Quantiser, TextToImageConfig  # noqa: E402
 from fusedmm.models.uniter import transport_distance  # noqa: E402
 from fusedmm.models.vlap import VLAPConfig  # noqa: E402
 from fusedmm.models.vlmp import VLMPConfig  # noqa: E402
@@ -48,11 +49,14 @@ TINY = {
                                                 vocab_size=320), "limit": LIMIT}, (), 0.4),
     "distillation": ({"model": DistillationConfig(student=CLIP), "limit": LIMIT}, (), 0.5),
     "fusion": ({"model": FusionConfig(kinds=("cross", "co", "additive"), width=32, vocab_size=280),
-                "limit": 20, "questions": 2}, ("easy_vqa",), 0.3),
+                "limit": 20, "questions": 2}, ("easy_vqa",), 0.4),
     "grounding": ({"model": GrounderConfig(width=32, heads=2, fusion_layers=1, vocab_size=320),
                    "limit": LIMIT, "names": 24, "evaluated": 64}, (), 0.3),
     "lxmert": ({"model": VQAConfig("lxmert", **SMALL), "limit": 20}, ("easy_vqa",), 0.3),
     "siglip": ({"model": CLIP, "limit": LIMIT}, (), 0.5),
+    "text-to-image": ({"model": TextToImageConfig(image_size=16, channels=24, width=32, layers=1,
+                                                  heads=2, vocab_size=320, levels=(3, 3)),
+                       "limit": LIMIT, "tokeniser_steps": 1, "evaluated": 6}, (), 0.75),
     "uniter": ({"model": VQAConfig("uniter", **SMALL), "limit": 20}, ("easy_vqa",), 0.3),
     "vilbert-vqa": ({"model": VQAConfig("vilbert", **SMALL), "limit": 20}, ("easy_vqa",), 0.3),
     "vlap": ({"model": VLAPConfig(clip=CLIP, audio_width=32, audio_layers=1, audio_heads=2),
@@ -149,6 +153,14 @@ def test_closed_forms_find_what_was_hidden():
     u, v = a @ p, b @ q
     torch.testing.assert_close(u.T @ v / 399, rho.diag(), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(u.T @ u / 399, torch.eye(3, dtype=torch.float64))
+
+
+def test_tokens_stand_for_their_codes():
+    quantiser = Quantiser((7, 5, 3))
+    codes, tokens = quantiser(torch.randn(4, 9, 3) * 2)
+    assert tokens.min() >= 0 and tokens.max() < quantiser.kinds == 105
+    torch.testing.assert_close(quantiser.codes(tokens), codes)
+    assert len(quantiser.codes(torch.arange(105)).unique(dim=0)) == 105
 
 
 def test_transport_distance_of_equal_sets_is_small_and_ignores_padding():

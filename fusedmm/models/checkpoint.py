@@ -26,6 +26,7 @@ from fusedmm.models.distillation import DistillationConfig, Students
 from fusedmm.models.fusion import FusionConfig, FusionZoo
 from fusedmm.models.grounding import Grounder, GrounderConfig
 from fusedmm.models.siglip import SigLIP
+from fusedmm.models.text_to_image import TextToImage, TextToImageConfig
 from fusedmm.models.tokenizer import Tokenizer
 from fusedmm.models.vilbert import ViLBERT, ViLBERTConfig
 from fusedmm.models.vlap import VLAP, VLAPConfig
@@ -41,6 +42,7 @@ MODELS: dict[str, tuple[type[nn.Module], type]] = {
     "fusion": (FusionZoo, FusionConfig),
     "grounding": (Grounder, GrounderConfig),
     "siglip": (SigLIP, CLIPConfig),
+    "text-to-image": (TextToImage, TextToImageConfig),
     "vlap": (VLAP, VLAPConfig),
     "vlmp": (VLMP, VLMPConfig),
     "vlp": (VLP, VLPConfig),

@@ -1,8 +1,8 @@
 """Classifiers of a picture and a question that differ only in how the two meet, side by side.
 
 A convolutional grid and a GRU encode; nine fusions follow, from plain concatenation to attention in
-both directions. `FusionZoo` holds any of them, each with encoders of its own. Left out: pretrained
-text encoders.
+both directions. `FusionZoo` holds any of them over shared encoders. Left out: pretrained text
+encoders.
 """
 
 from __future__ import annotations
@@ -214,25 +214,8 @@ FUSIONS = {
 }
 
 
-class FusionClassifier(nn.Module):
-    """Encoders, one fusion, class logits."""
-
-    def __init__(self, config: FusionConfig, kind: str) -> None:
-        super().__init__()
-        self.image = GridEncoder(config)
-        self.text = GRUEncoder(config.vocab_size, config.width)
-        self.meeting = FUSIONS[kind](config.width, config.classes)
-
-    def forward(
-        self, images: Tensor, tokens: Tensor, keep: Tensor, picture: Tensor, text: Tensor
-    ) -> Tensor:
-        grid = self.image(images)[picture]
-        words, question = self.text(tokens, keep)
-        return self.meeting(grid, words[text], keep[text], question[text])
-
-
 class FusionZoo(nn.Module):
-    """One independent classifier per kind of `config.kinds`.
+    """Shared encoders, one fusion with its own head per kind of `config.kinds`.
 
     Args:
         config: sizes and kinds.
@@ -242,7 +225,11 @@ class FusionZoo(nn.Module):
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.config = config
-        self.zoo = nn.ModuleDict({k: FusionClassifier(config, k) for k in config.kinds})
+        self.image = GridEncoder(config)
+        self.text = GRUEncoder(config.vocab_size, config.width)
+        self.zoo = nn.ModuleDict(
+            {k: FUSIONS[k](config.width, config.classes) for k in config.kinds}
+        )
 
     def forward(
         self, images: Tensor, tokens: Tensor, keep: Tensor, picture: Tensor, text: Tensor
@@ -253,6 +240,7 @@ class FusionZoo(nn.Module):
             images: [P, 3, S, S] in [0, 1]; tokens: [T, N] ids; keep: [T, N] bool.
             picture, text: [Q] rows of `images` and of `tokens`, each encoded once.
         """
-        return {
-            kind: model(images, tokens, keep, picture, text) for kind, model in self.zoo.items()
-        }
+        grid = self.image(images)[picture]
+        words, question = self.text(tokens, keep)
+        inputs = (grid, words[text], keep[text], question[text])
+        return {kind: meeting(*inputs) for kind, meeting in self.zoo.items()}

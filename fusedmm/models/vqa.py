@@ -25,9 +25,9 @@ class VQAConfig:
     encoder: str = "vilbert"
     image_size: int = 64
     patch_size: int = 16
-    width: int = 96
-    heads: int = 4
-    layers: int = 2
+    width: int = 64
+    heads: int = 2
+    layers: int = 1
     vocab_size: int = 512
     max_position: int = 16
     classes: int = 13
@@ -79,7 +79,7 @@ class VQA(nn.Module):
         self.embeddings = TextEmbeddings(config.vocab_size, config.max_position, width)
         self.encoder = ENCODERS[config.encoder](width, config.heads, config.layers, backend)
         self.t_pooler, self.v_pooler = nn.Linear(width, width), nn.Linear(width, width)
-        self.answer = nn.Sequential(nn.Linear(width, width), nn.GELU(),
+        self.answer = nn.Sequential(nn.Linear(3 * width, width), nn.GELU(),
                                     nn.Linear(width, config.classes))  # fmt: skip
         self.word_head = WordHead(self.embeddings.word_embeddings)
         init_bert(self)
@@ -102,9 +102,9 @@ class VQA(nn.Module):
         return self.encoder(self.embeddings(tokens), regions, keep)
 
     def answer_logits(self, text: Tensor, image: Tensor) -> Tensor:
-        """[Q, classes] from the first word and the maximum over regions."""
+        """[Q, classes] from the first word, the maximum over regions and their product."""
         t, v = F.relu(self.t_pooler(text[:, 0])), self.v_pooler(image.amax(dim=1))
-        return self.answer(t * v + t)
+        return self.answer(torch.cat([t * v, t, v], dim=-1))
 
     def word_logits(self, text: Tensor) -> Tensor:
         """[..., width] -> [..., vocab_size]."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, problem
-from ._call import op, plan
+from ..dispatch import select
 from ._common import autocast, draw_seed
 
 
@@ -41,15 +41,13 @@ def fusion_attention(
     Source: GLIP, arXiv:2112.03857, with its projections absorbed.
     """
     x, k, v = autocast(x, k, v)
-    _, name = plan(
-        "fusion_attention", backend, problem.fusion_attention,
-        x, k, v, mask_x, mask_y, bias, dropout_p,
-    )  # fmt: skip
+    asked = problem.fusion_attention(x, k, v, mask_x, mask_y, bias, dropout_p)
+    name = select("fusion_attention", asked, backend)
     o, z, _, _ = _fwd(x, k, v, mask_x, mask_y, bias, float(dropout_p), draw_seed(dropout_p), name)
     return o, z
 
 
-@op("fusedmm::fusion_attention_fwd")
+@torch.library.custom_op("fusedmm::fusion_attention_fwd", mutates_args=())
 def _fwd(
     x: Tensor,
     k: Tensor,
@@ -76,7 +74,7 @@ def _(x, k, v, *rest):
     )
 
 
-@op("fusedmm::fusion_attention_bwd")
+@torch.library.custom_op("fusedmm::fusion_attention_bwd", mutates_args=())
 def _bwd(
     do: Tensor,
     dz: Tensor,
@@ -125,5 +123,3 @@ def _backward(ctx, do, dz, dlse_x, dlse_y):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)
-_fwd.register_batch()
-_bwd.register_batch()

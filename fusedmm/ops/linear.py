@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._call import op
 from ._common import autocast
 
 _FEW = 1 << 21  # multiplications; below, a call of oneDNN takes longer
@@ -25,8 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns: [..., E].
     """
     x, weight, bias = autocast(x, weight, bias)
-    fast = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not fast or _onednn is None or torch._C._functorch.peek_interpreter_stack() is not None:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or _onednn is None:
         return F.linear(x, weight, bias)
     return _fwd(x, weight, bias)
 
@@ -38,7 +36,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _onednn(x, weight, bias, "none", [], "")
 
 
-@op("fusedmm::linear_fwd")
+@torch.library.custom_op("fusedmm::linear_fwd", mutates_args=())
 def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = _product(x.reshape(-1, x.shape[-1]), weight, bias)
     return rows.view(*x.shape[:-1], weight.shape[0])
@@ -49,7 +47,7 @@ def _(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@op("fusedmm::linear_bwd")
+@torch.library.custom_op("fusedmm::linear_bwd", mutates_args=())
 def _bwd(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
     rows = dy.reshape(-1, dy.shape[-1])
     grads = []

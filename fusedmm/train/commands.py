@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.text import Text
 
 from fusedmm.models import CLIP, load
-from fusedmm.train import console
+from fusedmm.train import console, end_to_end
 from fusedmm.train.clip import ClipRecipe, evaluate_bases, evaluate_clip
 from fusedmm.train.config import add_flags, flags_to_dict, from_dict
 from fusedmm.train.data import ATTRIBUTION, OpenMoji
@@ -23,6 +22,7 @@ from fusedmm.train.recipes import load_data, run_clip, run_vilbert
 from fusedmm.train.search import search
 from fusedmm.train.systems import SYSTEMS, Sources, load_system
 from fusedmm.train.systems.run import run_system, show
+from fusedmm.train.table import collect, write_page
 from fusedmm.train.vilbert import ViLBERTRecipe, evaluate_vilbert
 
 CLASSES = {"clip": ClipRecipe, "vilbert": ViLBERTRecipe}
@@ -74,16 +74,17 @@ def do_train(args: argparse.Namespace) -> int:
     folder = args.runs / (args.name or args.recipe)
     try:
         if args.recipe == "clip":
-            data = load_data(args.cache, recipe.limit, recipe.model.image_size)
+            data = load_data(args.cache, recipe.limit, recipe.model.image_size, args.data)
             show_retrieval(run_clip(recipe, data, folder, fresh=args.fresh)["retrieval"])
         elif args.recipe in SYSTEMS:
             given = {"clip": args.clip} if args.clip else {}
-            sources = Sources(args.cache, args.runs, given)
+            sources = Sources(args.cache, args.runs, given, args.data)
             show(run_system(args.recipe, recipe, sources, folder, fresh=args.fresh))
             console.say(f"report: {folder / 'report.html'}")
         else:
             clip_dir = args.clip or args.runs / "clip"
-            data = load_data(args.cache, recipe.limit, load(clip_dir).model.config.image_size)
+            size = load(clip_dir).model.config.image_size
+            data = load_data(args.cache, recipe.limit, size, args.data)
             metrics = run_vilbert(recipe, data, clip_dir, folder, fresh=args.fresh)
             show_matching(metrics["matching"])
     except Interrupted as error:
@@ -92,8 +93,29 @@ def do_train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _data_of(recipe: dict, size: int, cache: Path) -> OpenMoji:
-    return load_data(cache, recipe.get("limit"), size)
+def _data_of(recipe: dict, size: int, args: argparse.Namespace) -> OpenMoji:
+    return load_data(args.cache, recipe.get("limit"), size, args.data)
+
+
+def do_table(args: argparse.Namespace) -> int:
+    """The tables of docs/recipes.md from finished runs."""
+    console.configure_logging()
+    store = args.page.with_suffix("")
+    names = collect(args.runs, store, list(RECIPES), settings_class)
+    write_page(args.page, store, list(RECIPES))
+    console.say(f"{args.page}: {', '.join(names) or 'no new runs'}")
+    return 0
+
+
+def do_compare(args: argparse.Namespace) -> int:
+    """Whole steps of several recipes, ours against standard; their part of docs/recipes.md."""
+    console.configure_logging()
+    store = args.page.with_suffix("")
+    sources = Sources(args.cache, args.runs, {"clip": args.clip} if args.clip else {})
+    end_to_end.write(store, end_to_end.end_to_end(sources, args.cases, args.steps))
+    write_page(args.page, store, list(RECIPES))
+    console.say(f"{args.page}, {store / 'end_to_end.json'}")
+    return 0
 
 
 def do_eval(args: argparse.Namespace) -> int:
@@ -104,13 +126,13 @@ def do_eval(args: argparse.Namespace) -> int:
     model.to(device())
     precision = config["recipe"]["loop"]["precision"]
     if isinstance(model, CLIP):
-        data = _data_of(config["recipe"], model.config.image_size, args.cache)
+        data = _data_of(config["recipe"], model.config.image_size, args)
         figures = evaluate_clip(model, tokenizer, data, args.split, precision)
         show_retrieval({name: r.as_dict() for name, r in figures.items()})
         show_bases(evaluate_bases(model, tokenizer, data, args.split, precision))
         return 0
     clip = load(args.clip or folder.parent / "clip").model.to(device())
-    data = _data_of(config["recipe"], clip.config.image_size, args.cache)
+    data = _data_of(config["recipe"], clip.config.image_size, args)
     show_matching(evaluate_vilbert(model, clip, tokenizer, data, args.split, precision))
     return 0
 
@@ -122,7 +144,7 @@ def do_search(args: argparse.Namespace) -> int:
     model, _, config = load(folder)
     if not isinstance(model, CLIP):
         raise ValueError(f"search: {folder}: expected a clip model, got {config['model']!r}")
-    data = _data_of(config["recipe"], model.config.image_size, args.cache)
+    data = _data_of(config["recipe"], model.config.image_size, args)
     hits = search(folder, " ".join(args.text), data, count=args.count)
     rows = [
         (hit.drawing.emoji, hit.drawing.caption, hit.drawing.split, f"{hit.score:.3f}")

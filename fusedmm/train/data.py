@@ -177,10 +177,14 @@ def _read_cache(path: Path, key: str, count: int, size: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class OpenMoji:
-    """The rendered set: `images` [N, 3, size, size] uint8 on white, one `Drawing` a row."""
+    """The rendered set: `images` [N, 3, size, size] uint8 on white, one `Drawing` a row.
+
+    `source` is empty, or the digest of the pictures of one's own that stand in for the drawings.
+    """
 
     drawings: tuple[Drawing, ...]
     images: Tensor
+    source: str = ""
 
     @classmethod
     def load(

@@ -56,7 +56,9 @@ class DrawingBatches:
         )
         self.flips = torch.tensor([may_flip(d) for d in data.drawings])
         self.colours = [
-            None if "skin tone" in d.caption or "flag" in d.caption else own_colour(image)
+            None
+            if data.source or "skin tone" in d.caption or "flag" in d.caption
+            else own_colour(image)
             for d, image in zip(data.drawings, data.images, strict=True)
         ]
         self._ids: dict[str, int] = {}
@@ -90,15 +92,17 @@ GROUP_WORDS = ("flag", "face", "hand", "woman", "man", "person", "button", "cloc
 
 def zero_shot_by_word(
     data: OpenMoji, rows: list[int], images: Tensor, encode: Callable[[list[str]], Tensor]
-) -> tuple[float, float, int]:
+) -> tuple[float, float, int] | None:
     """Drawings whose name holds exactly one of `GROUP_WORDS`, classified by those words.
 
     Args:
         rows: held-out rows; images: their unit embeddings [N, D]; encode: texts to embeddings.
-    Returns: (accuracy, share of the commonest word, number of drawings).
+    Returns: (accuracy, share of the commonest word, number of drawings), None without any.
     """
     found = [[w for w in GROUP_WORDS if w in data.drawings[i].caption.split()] for i in rows]
     at = torch.tensor([i for i, words in enumerate(found) if len(words) == 1])
+    if not len(at):
+        return None
     target = torch.tensor([GROUP_WORDS.index(found[i][0]) for i in at.tolist()])
     words = F.normalize(encode([f"a {w}" for w in GROUP_WORDS]).float().cpu(), dim=-1)
     guess = (images[at] @ words.T).argmax(dim=1)

@@ -7,7 +7,8 @@ several people, which this data does not have.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,30 @@ def in_batches(function, *columns: Tensor, size: int = 256) -> Tensor:
         for i in range(0, len(columns[0]), size)
     ]
     return torch.cat(out)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number beside what guessing gives.
+
+    `chance_is` says what the guess is. `unit` is "%" (values in 0..1), or shown as it stands.
+    """
+
+    name: str
+    value: float
+    chance: float
+    chance_is: str
+    count: int
+    unit: str = "%"
+    lower_is_better: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For metrics.json."""
+        return asdict(self)
+
+    def shown(self, value: float) -> str:
+        """A value of this figure as text."""
+        return f"{100 * value:.1f} %" if self.unit == "%" else f"{value:.3g} {self.unit}".strip()
 
 
 @dataclass(frozen=True)

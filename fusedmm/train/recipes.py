@@ -21,6 +21,7 @@ import torch
 from fusedmm.models import load, save
 from fusedmm.models.checkpoint import write_json
 from fusedmm.train import console
+from fusedmm.train.captions import load_captions
 from fusedmm.train.clip import ClipRecipe, ClipTask, evaluate_clip, train_tokenizer
 from fusedmm.train.compare import backend_in_use, compare
 from fusedmm.train.config import LoopConfig
@@ -39,17 +40,19 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, Any]
 
 
-def load_data(cache_dir: Path, limit: int | None, size: int) -> OpenMoji:
-    """The drawings, with a bar if they have to be rendered."""
+def load_data(cache_dir: Path, limit: int | None, size: int, own: Path | None = None) -> OpenMoji:
+    """The drawings, or pictures with captions from `own`; a bar if they have to be made."""
     bar: list[tuple[Any, console.Meter]] = []
 
     def on_progress(done: int, total: int) -> None:
         if not bar:
-            context = console.meter("render OpenMoji", total)
+            context = console.meter("render OpenMoji" if own is None else "decode pictures", total)
             bar.append((context, context.__enter__()))
         bar[0][1].update(done)
 
     try:
+        if own is not None:
+            return load_captions(own, cache_dir, size=size, limit=limit, on_progress=on_progress)
         return OpenMoji.load(cache_dir, size=size, limit=limit, on_progress=on_progress)
     finally:
         for context, _ in bar:
@@ -165,7 +168,7 @@ def run_clip(recipe: ClipRecipe, data: OpenMoji, run_dir: Path, *, fresh: bool =
 
     Raises: Interrupted, on Ctrl-C. ValueError, the folder holds a run of other settings.
     """
-    key = fingerprint(recipe)
+    key = fingerprint([dataclasses.asdict(recipe), data.source] if data.source else recipe)
     if (metrics := start_run(run_dir, key, fresh)) is not None:
         return metrics
     start = time.perf_counter()
@@ -210,7 +213,8 @@ def run_vilbert(
         run of other settings.
     """
     clip, tokenizer, clip_config = load(clip_dir)
-    key = fingerprint(recipe_settings(recipe, clip_config["key"]))
+    settings = recipe_settings(recipe, clip_config["key"])
+    key = fingerprint([settings, data.source] if data.source else settings)
     if (metrics := start_run(run_dir, key, fresh)) is not None:
         return metrics
     start = time.perf_counter()

@@ -19,6 +19,7 @@ SYSTEMS = {
     "grounding": ("grounding", "Grounding"),
     "lxmert": ("vqa", "Lxmert"),
     "siglip": ("siglip", "SigLip"),
+    "text-to-image": ("text_to_image", "TextToImage"),
     "uniter": ("vqa", "Uniter"),
     "vilbert-vqa": ("vqa", "VilbertVqa"),
     "vlap": ("vlap", "Vlap"),

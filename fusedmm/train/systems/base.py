@@ -7,7 +7,7 @@ anything about one system.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,31 +16,8 @@ from torch import Tensor, nn
 from fusedmm.models import Loaded, Tokenizer, load
 from fusedmm.train.data import OpenMoji
 from fusedmm.train.easy_vqa import EasyVQA
+from fusedmm.train.evaluate import Figure
 from fusedmm.train.recipes import load_data
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured number beside what guessing gives.
-
-    `chance_is` says what the guess is. `unit` is "%" (values in 0..1), or shown as it stands.
-    """
-
-    name: str
-    value: float
-    chance: float
-    chance_is: str
-    count: int
-    unit: str = "%"
-    lower_is_better: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """For metrics.json."""
-        return asdict(self)
-
-    def shown(self, value: float) -> str:
-        """A value of this figure as text."""
-        return f"{100 * value:.1f} %" if self.unit == "%" else f"{value:.3g} {self.unit}".strip()
 
 
 @dataclass(frozen=True)
@@ -63,10 +40,11 @@ class Sources:
     cache: Path
     runs: Path
     given: dict[str, Path] | None = None
+    own: Path | None = None
 
     def openmoji(self, size: int, limit: int | None = None) -> OpenMoji:
-        """The drawings, rendered once."""
-        return load_data(self.cache, limit, size)
+        """The drawings, rendered once, or the pictures of `own` in their place."""
+        return load_data(self.cache, limit, size, self.own)
 
     def easy_vqa(self, limit: int | None = None) -> EasyVQA:
         """Pictures, questions, answers."""

@@ -1,7 +1,8 @@
 """Recipe `fusion`: nine ways to join a picture and a question, trained side by side on easy-VQA.
 
-Every classifier sees the same batches and has encoders of its own; their losses are added, so one
-run compares them all. Left out: pretrained backbones (`--model.backbone resnet18` starts empty).
+All share one CNN and one GRU, so that the table compares the fusions alone; their losses are
+added. `--model.kinds cross` trains one of them. Left out: pretrained backbones
+(`--model.backbone resnet18` starts empty).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class FusionRecipe:
     """Everything that decides the numbers of this recipe; `batch_size` counts pictures."""
 
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=800, batch_size=32, lr=2e-3, compare_steps=0)
+        default_factory=lambda: LoopConfig(steps=2000, batch_size=32, lr=2e-3, compare_steps=0)
     )
     model: FusionConfig = field(default_factory=FusionConfig)
     questions: int = 4
@@ -37,7 +38,7 @@ class Fusion(System):
     """The zoo on easy-VQA."""
 
     Recipe = FusionRecipe
-    about = "nine fusions of a CNN and a GRU, from concatenation to co-attention, on easy-VQA"
+    about = "CNN, GRU and nine fusions, from concatenation to co-attention, on easy-VQA"
 
     def __init__(self, recipe: FusionRecipe, sources: Sources, backend: str | None = None) -> None:
         self.recipe = recipe

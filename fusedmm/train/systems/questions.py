@@ -46,13 +46,25 @@ class Asked:
         order = part.picture.argsort(stable=True)
         counts = part.picture.bincount(minlength=len(part.images))
         self.of_picture = order.split(counts.tolist())
+        pair = self.text * (1 + int(part.answer.max())) + part.answer
+        self.weight = 1.0 / pair.bincount()[pair].double()
 
     def draw(self, seed: int, step: int, pictures: int, questions: int) -> Tensor:
-        """Rows of this step: `pictures` of them with up to `questions` questions each."""
+        """Rows of this step: `pictures` of them with up to `questions` questions each.
+
+        Rare answers to a wording are drawn as often as common ones, as far as a picture's questions
+        allow: what the wording alone predicts would otherwise be learned long before the picture.
+        """
         g = torch.Generator().manual_seed(step_seed(seed, step, stream=3))
         chosen = torch.randint(len(self.of_picture), (pictures,), generator=g).tolist()
-        rows = (self.of_picture[p] for p in chosen)
-        return torch.cat([r[torch.randperm(len(r), generator=g)[:questions]] for r in rows])
+        rows = [self.of_picture[p] for p in chosen]
+        weights = torch.full((len(rows), max(map(len, rows))), 1e-30, dtype=torch.float64)
+        for i, r in enumerate(rows):
+            weights[i, : len(r)] = self.weight[r]
+        # The largest of u^(1 / weight): weighted sampling without replacement.
+        u = torch.rand(weights.shape, generator=g, dtype=torch.float64)
+        order = (u.log() / weights).argsort(dim=1, descending=True)
+        return torch.cat([r[order[i][: min(questions, len(r))]] for i, r in enumerate(rows)])
 
     def batch(self, rows: Tensor) -> Batch:
         """These questions, each picture and wording once, on the device."""

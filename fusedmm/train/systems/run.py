@@ -32,7 +32,8 @@ from fusedmm.train.systems.report import render_report
 def settings_key(name: str, recipe: Any, sources: Sources) -> str:
     """A digest of all that decides the numbers: the recipe and the models it starts from."""
     needs = {need: sources.trained(need).config["key"] for need in load_system(name).needs}
-    return fingerprint({"name": name, "recipe": dataclasses.asdict(recipe), "needs": needs})
+    settings = {"name": name, "recipe": dataclasses.asdict(recipe), "needs": needs}
+    return fingerprint(settings | ({"own": str(sources.own)} if sources.own else {}))
 
 
 def run_system(
@@ -62,7 +63,7 @@ def run_system(
         "key": key,
         "recipe": name,
         "about": cls.about,
-        "default": recipe == cls.Recipe(),
+        "default": recipe == cls.Recipe() and sources.own is None,
         "needs": list(cls.needs),
         "steps": recipe.loop.steps,
         "final_loss": rows[-1]["loss"],

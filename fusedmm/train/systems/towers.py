@@ -30,12 +30,14 @@ def two_tower_figures(system: System) -> list[Figure]:
     def encode(words: list[str]) -> Tensor:
         return model.encode_text(tokenizer.encode(words).to(device()))
 
-    value, chance, count = zero_shot_by_word(data, rows, images, encode)
-    return [
+    out = [
         recall_figure("text to image", texts, images),
         recall_figure("image to text", images, texts),
-        Figure("zero-shot by a word", value, chance, "commonest word", count),
     ]
+    if (found := zero_shot_by_word(data, rows, images, encode)) is not None:
+        value, chance, count = found
+        out.append(Figure("zero-shot by a word", value, chance, "commonest word", count))
+    return out
 
 
 def nearest_names(

@@ -27,7 +27,7 @@ class VqaRecipe:
     """Everything that decides the numbers of these recipes; `batch_size` counts pictures."""
 
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=700, batch_size=48, lr=1.5e-3, compare_steps=16)
+        default_factory=lambda: LoopConfig(steps=1500, batch_size=24, lr=1e-3, compare_steps=8)
     )
     model: VQAConfig = field(default_factory=VQAConfig)
     questions: int = 4
@@ -83,20 +83,20 @@ class VilbertVqa(System):
         )
         g = torch.Generator().manual_seed(step_seed(loop.seed, step, stream=5))
         tokens, keep = batch.tokens[batch.text], batch.keep[batch.text]
-        # Half of the questions are shown masked; the answer is asked of the others only.
-        half = len(tokens) // 2
-        masked, words = mask_tokens(tokens[:half].cpu(), self.tokenizer, recipe.mask_probability, g)
+        # A quarter of the questions is shown masked; the answer is asked of the others only.
+        some = len(tokens) // 4
+        masked, words = mask_tokens(tokens[:some].cpu(), self.tokenizer, recipe.mask_probability, g)
         words = words.to(tokens.device)
-        shown = torch.cat([masked.to(tokens.device), tokens[half:]])
+        shown = torch.cat([masked.to(tokens.device), tokens[some:]])
         text, image = self.model.encode(batch.images, shown, keep, batch.picture)
-        logits = self.model.answer_logits(text[half:], image[half:]).float()
-        answer = F.cross_entropy(logits, batch.answer[half:])
+        logits = self.model.answer_logits(text[some:], image[some:]).float()
+        answer = F.cross_entropy(logits, batch.answer[some:])
         at = words >= 0
-        said = self.model.word_logits(text[:half][at]).float()
+        said = self.model.word_logits(text[:some][at]).float()
         mlm = F.cross_entropy(said, words[at], reduction="sum") / at.sum().clamp(min=1)
         out = {"loss": answer + recipe.word_weight * mlm, "answer": answer, "mlm": mlm}
         if recipe.alignment_weight:
-            out["alignment"] = transport_distance(text[half:], image[half:], keep[half:]).mean()
+            out["alignment"] = transport_distance(text[some:], image[some:], keep[some:]).mean()
             out["loss"] = out["loss"] + recipe.alignment_weight * out["alignment"]
         return out
 
