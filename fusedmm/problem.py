@@ -137,6 +137,26 @@ def bi_attention(
     )
 
 
+def attention(q, k, v, mask, bias, scale, dropout_p) -> AttentionProblem:
+    """Validates the arguments of attention, a co_attention with an empty side."""
+    op = "attention"
+    for arg, t, dims in (("q", q, "B, H, M, D"), ("k", k, "B, H, N, D"), ("v", v, "B, H, N, Dv")):
+        check.floating(op, arg, t)
+        check.ndim(op, arg, t, dims)
+    B, H, M, D = q.shape
+    N, Dv = k.shape[2], v.shape[3]
+    check.shape(op, "k", k, (B, H, N, D), "q")
+    check.shape(op, "v", v, (B, H, N, Dv), "k")
+    check.same(op, ("q", q), ("k", k), ("v", v))
+    check.mask(op, "mask", mask, (B, N), ("k", k))
+    check.bias(op, "bias", bias, (B, H, M, N), ("q", q))
+    _common(op, "q", D, scale, dropout_p)
+    sides = Side(M, N, D, Dv, mask is not None, bias is not None), Side(0, 0, D, Dv)
+    return AttentionProblem(
+        "co_attention", B, H, *sides, q.dtype, q.device.type, dropout=dropout_p > 0.0
+    )
+
+
 def fusion_attention(x, k, v, mask_x, mask_y, bias, dropout_p) -> AttentionProblem:
     """Validates the arguments of fusion_attention."""
     op = "fusion_attention"

@@ -284,3 +284,29 @@ def test_a_plan_is_remembered_by_what_it_looked_at():
         assert _call.plan("bi_attention", None, problem.bi_attention, *args, 0.0)[1] == "reference"
     with pytest.raises(TypeError, match="bi_attention: dropout_p: expected a number, got bool"):
         fusedmm.bi_attention(x, x, x, x, dropout_p=False)
+
+
+@pytest.mark.parametrize("name", ["bi_attention", "co_attention"])
+def test_vmap_joins_the_batch(name: str) -> None:
+    """vmap, also of a gradient, some arguments shared, one by one the same."""
+    names = POSITIONAL[name]
+    many = [torch.randn(3, 2, 2, 7 if n.endswith("x") else 5, 4) for n in names]
+    keep = torch.rand(2, 5) > 0.3
+    keep[:, 0] = True
+
+    def loss(first: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        outputs = getattr(fusedmm, name)(first, *rest, mask_y=keep)
+        return sum(o.square().sum() for o in outputs)
+
+    dims = (0, *[0] * (len(names) - 2), None)
+    args = (*many[:-1], many[-1][0])
+    values = torch.vmap(loss, in_dims=dims)(*args)
+    grads = torch.vmap(torch.func.grad(loss), in_dims=dims)(*args)
+    for i in range(3):
+        leaf = many[0][i].clone().requires_grad_()
+        want = loss(leaf, *(m[i] for m in many[1:-1]), many[-1][0])
+        torch.testing.assert_close(values[i], want)
+        torch.testing.assert_close(grads[i], torch.autograd.grad(want, leaf)[0])
+    with pytest.raises((NotImplementedError, RuntimeError), match="vmap|randomness"):
+        op = getattr(fusedmm, name)
+        torch.vmap(lambda *a: op(*a, dropout_p=0.5), in_dims=dims)(*args)

@@ -157,12 +157,12 @@ def test_opcheck(backend: str) -> None:
     leaves = [c[n].requires_grad_() for n in "xkv"]
     bias = c["bias"].requires_grad_()
     args = (*leaves, c["mask_x"], c["mask_y"], bias, 0.0, None, backend)
-    torch.library.opcheck(op._fwd, args)
+    torch.library.opcheck(op._fwd._custom, args)
     with torch.no_grad():
         o, z, lse_x, lse_y = op._fwd(*args)
     plain = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
     zeros = (torch.zeros_like(lse_x).float(), torch.zeros_like(lse_y).float())
-    torch.library.opcheck(op._bwd, (
+    torch.library.opcheck(op._bwd._custom, (
         o, z, *zeros, *plain[:6], z, lse_x, lse_y, 0.0, None, [True] * 4, backend
     ))  # fmt: skip
 

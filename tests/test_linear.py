@@ -28,9 +28,9 @@ def test_matches_f_linear(shape, biased: bool) -> None:
 
 def test_opcheck_autocast_and_other_dtypes() -> None:
     x, layer = torch.randn(2, 3, 4, requires_grad=True), nn.Linear(4, 5)
-    torch.library.opcheck(op._fwd, (x, layer.weight, layer.bias))
+    torch.library.opcheck(op._fwd._custom, (x, layer.weight, layer.bias))
     dy = torch.randn(2, 3, 5)
-    torch.library.opcheck(op._bwd, (dy, x.detach(), layer.weight.detach(), [True] * 3))
+    torch.library.opcheck(op._bwd._custom, (dy, x.detach(), layer.weight.detach(), [True] * 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(op.linear(x, layer.weight, layer.bias), layer(x))
     double = layer.double()

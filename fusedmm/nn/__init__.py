@@ -2,8 +2,10 @@
 
 from .attention import AdditiveAttention, CoAttention, MultimodalAttention
 from .bi_attention import BiAttentionBlock, BiMultiHeadAttention
+from .bixt import BiXAttn, BiXAttnBlock
 from .co_attention import BertBiAttention, BertConnectionLayer
 from .fusion import AttentionFusion, ConcatFusion, GatedFusion
+from .lightglue import LightGlueCrossBlock
 from .losses import ClipLoss, SigLipLoss
 from .lxmert import LxmertCrossAttention
 
@@ -14,10 +16,13 @@ __all__ = [
     "BertConnectionLayer",
     "BiAttentionBlock",
     "BiMultiHeadAttention",
+    "BiXAttn",
+    "BiXAttnBlock",
     "ClipLoss",
     "CoAttention",
     "ConcatFusion",
     "GatedFusion",
+    "LightGlueCrossBlock",
     "LxmertCrossAttention",
     "MultimodalAttention",
     "SigLipLoss",

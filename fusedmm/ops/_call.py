@@ -47,6 +47,7 @@ class Op:
     def __init__(self, name: str, body: Callable) -> None:
         self._custom = torch.library.custom_op(name, body, mutates_args=())
         self._name, self._body, self._function = name, body, None
+        self._setup, self._backward, self._transformed = _no_setup, None, None
 
     def register_fake(self, fake: Callable) -> Callable:
         """As CustomOpDef's."""
@@ -67,14 +68,58 @@ class Op:
         }
         name = self._name.replace("::", "_")
         self._function = type(name, (torch.autograd.Function,), methods)
+        self._setup, self._backward = setup_context, backward
+
+    def register_batch(self) -> None:
+        """vmap for an op whose tensors begin with the batch (a bias: with 1 or the batch): it
+        joins the batch. With dropout, whose seed is drawn outside, it is refused."""
+
+        def rule(info, in_dims, *args):
+            n, B = info.batch_size, None
+
+            def join(a, dim):
+                nonlocal B
+                if not isinstance(a, Tensor):
+                    return a
+                a = a.expand(n, *a.shape) if dim is None else a.movedim(dim, 0)
+                B = a.shape[1] if B is None else B
+                if a.shape[1] != B:
+                    if a.dim() < 3:
+                        raise NotImplementedError(f"{self._name}: vmap with dropout")
+                    a = a.expand(n, B, *a.shape[2:])
+                return a.flatten(0, 1)
+
+            out = self(*map(join, args, in_dims))
+            split = [t.unflatten(0, (n, t.shape[0] // n)) for t in out]
+            return tuple(split), (0,) * len(split)
+
+        self._custom.register_vmap(rule)
+        # torch.library's own Function cannot be under torch.func.grad.
+        methods = {
+            "forward": staticmethod(lambda *args: tuple(self._custom(*args))),
+            "setup_context": staticmethod(self._setup),
+            "backward": staticmethod(self._backward or self._refuse),
+            "vmap": staticmethod(rule),
+        }
+        name = self._name.replace("::", "_") + "_transformed"
+        self._transformed = type(name, (torch.autograd.Function,), methods)
+
+    def _refuse(self, *_):
+        raise RuntimeError(f"{self._name} has no derivative")
 
     def __call__(self, *args):
         if not _eager(args):
+            if self._transformed and _in_func_transform():
+                return self._transformed.apply(*args)
             return self._custom(*args)
         if not (torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in args)):
             return self._body(*args)
         # An op without a derivative, a backward, raises when it is differentiated.
         return (self._function.apply if self._function else self._custom)(*args)
+
+
+def _no_setup(ctx, inputs, output) -> None:
+    """Keeps nothing."""
 
 
 def op(name: str) -> Callable[[Callable], Op]:
@@ -87,6 +132,12 @@ def _eager(args: tuple) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _in_func_transform()
         and all(type(a) in _PLAIN for a in args)
     )
+
+
+def _in_func_transform() -> bool:
+    """Whether torch.func (vmap, grad) is at work, outside of tracing."""
+    stacked = torch._C._functorch.peek_interpreter_stack() is not None
+    return stacked and not torch.compiler.is_compiling()

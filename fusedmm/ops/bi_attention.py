@@ -153,3 +153,5 @@ def _backward(ctx, do_x, do_y, dlse_x, dlse_y):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)
+_fwd.register_batch()
+_bwd.register_batch()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, problem
-from ..dispatch import select
+from ._call import op, plan
 from ._common import autocast, draw_seed
 
 
@@ -41,13 +41,15 @@ def fusion_attention(
     Source: GLIP, arXiv:2112.03857, with its projections absorbed.
     """
     x, k, v = autocast(x, k, v)
-    asked = problem.fusion_attention(x, k, v, mask_x, mask_y, bias, dropout_p)
-    name = select("fusion_attention", asked, backend)
+    _, name = plan(
+        "fusion_attention", backend, problem.fusion_attention,
+        x, k, v, mask_x, mask_y, bias, dropout_p,
+    )  # fmt: skip
     o, z, _, _ = _fwd(x, k, v, mask_x, mask_y, bias, float(dropout_p), draw_seed(dropout_p), name)
     return o, z
 
 
-@torch.library.custom_op("fusedmm::fusion_attention_fwd", mutates_args=())
+@op("fusedmm::fusion_attention_fwd")
 def _fwd(
     x: Tensor,
     k: Tensor,
@@ -74,7 +76,7 @@ def _(x, k, v, *rest):
     )
 
 
-@torch.library.custom_op("fusedmm::fusion_attention_bwd", mutates_args=())
+@op("fusedmm::fusion_attention_bwd")
 def _bwd(
     do: Tensor,
     dz: Tensor,
@@ -123,3 +125,5 @@ def _backward(ctx, do, dz, dlse_x, dlse_y):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)
+_fwd.register_batch()
+_bwd.register_batch()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._call import op
 from ._common import autocast
 
 _FEW = 1 << 21  # multiplications; below, a call of oneDNN takes longer
@@ -24,7 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns: [..., E].
     """
     x, weight, bias = autocast(x, weight, bias)
-    if x.device.type != "cpu" or x.dtype != torch.float32 or _onednn is None:
+    fast = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not fast or _onednn is None or torch._C._functorch.peek_interpreter_stack() is not None:
         return F.linear(x, weight, bias)
     return _fwd(x, weight, bias)
 
@@ -36,7 +38,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _onednn(x, weight, bias, "none", [], "")
 
 
-@torch.library.custom_op("fusedmm::linear_fwd", mutates_args=())
+@op("fusedmm::linear_fwd")
 def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = _product(x.reshape(-1, x.shape[-1]), weight, bias)
     return rows.view(*x.shape[:-1], weight.shape[0])
@@ -47,7 +49,7 @@ def _(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("fusedmm::linear_bwd", mutates_args=())
+@op("fusedmm::linear_bwd")
 def _bwd(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
     rows = dy.reshape(-1, dy.shape[-1])
     grads = []
