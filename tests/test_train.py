@@ -120,6 +120,69 @@ def test_resumed_run_equals_uninterrupted(data, tokenizer, tmp_path, make, how):
     assert [r["step"] for r in log] == list(range(LOOP.steps))
 
 
+def test_accumulation_and_average_survive_a_kill(data, tokenizer, tmp_path):
+    loop = dataclasses.replace(LOOP, accumulate=2, ema=0.8, batch_size=8)
+    whole = clip_task(data, tokenizer, loop=loop)
+    rows = train(whole, loop, tmp_path / "whole", key="k")
+
+    def stop(done, row):
+        if done == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(clip_task(data, tokenizer, loop=loop), loop, tmp_path / "part", key="k", on_step=stop)
+    again = clip_task(data, tokenizer, loop=loop)
+    resumed = train(again, loop, tmp_path / "part", key="k")
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in rows]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    plain = clip_task(data, tokenizer, loop=loop)
+    last = train(plain, dataclasses.replace(loop, ema=0.0), tmp_path / "plain", key="k")
+    assert [r["loss"] for r in last] == [r["loss"] for r in rows]
+    name = "text_projection"  # the mean of the weights lags behind the weights
+    assert not torch.equal(plain.model.state_dict()[name], whole.model.state_dict()[name])
+
+
+def test_accumulated_gradients_are_the_mean(data, tokenizer):
+    task = clip_task(data, tokenizer)
+    loop = dataclasses.replace(LOOP, accumulate=2)
+    stepper = Stepper(task, loop)
+    one = [float(task.loss(i)["loss"].detach()) for i in (6, 7)]
+    assert stepper.step(3)["loss"] == pytest.approx(sum(one) / 2, rel=1e-5)
+
+
+def test_scalars_reach_tensorboard(data, tokenizer, tmp_path):
+    pytest.importorskip("tensorboard")
+    loop = dataclasses.replace(LOOP, steps=2, warmup=1, compare_steps=0, tensorboard=True)
+    train(clip_task(data, tokenizer, loop=loop), loop, tmp_path, key="k")
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_settings_come_from_yaml_and_flags_win(tmp_path, capsys):
+    path = tmp_path / "tiny.yaml"
+    path.write_text("loop: {steps: 0, batch_size: 7}\n")
+    where = ["--runs", str(tmp_path), "--cache", str(tmp_path), "--config", str(path)]
+    assert main(["train", "clip", *where]) == 1
+    assert "loop.steps: expected at least 1, got 0" in capsys.readouterr().out
+    assert main(["train", "clip", *where, "--loop.steps", "50", "--loop.batch_size", "0"]) == 1
+    assert "loop.batch_size: expected at least 1, got 0" in capsys.readouterr().out
+    path.write_text("- 3")
+    assert main(["train", "clip", *where]) == 1
+    assert "expected settings by name" in " ".join(capsys.readouterr().out.split())
+    path.write_text("loop: [")
+    assert main(["train", "clip", *where]) == 1
+    assert "expected YAML" in capsys.readouterr().out
+
+
+def test_features_that_are_off_leave_the_key_as_it_was():
+    settings = dataclasses.asdict(CLIP_RECIPE)
+    for name in ("accumulate", "ema", "tensorboard"):
+        del settings["loop"][name]
+    assert fingerprint(settings) == fingerprint(CLIP_RECIPE)
+    changed = dataclasses.replace(LOOP, accumulate=2)
+    assert fingerprint(dataclasses.replace(CLIP_RECIPE, loop=changed)) != fingerprint(CLIP_RECIPE)
+
+
 def test_damaged_checkpoint_falls_back_to_the_older_one(data, tokenizer, tmp_path, caplog):
     loop = dataclasses.replace(LOOP, checkpoint_every=4)
     rows = train(clip_task(data, tokenizer), loop, tmp_path, key="k")
@@ -337,6 +400,8 @@ def test_command_line(job_folder, cache, tmp_path, capsys):
         ({"loop": {"steps": 0}}, "loop.steps: expected at least 1, got 0"),
         ({"loop": {"batch_size": -1}}, "loop.batch_size: expected at least 1, got -1"),
         ({"loop": {"lr": 0.0}}, "loop.lr: expected more than 0, got 0.0"),
+        ({"loop": {"accumulate": 0}}, "loop.accumulate: expected at least 1, got 0"),
+        ({"loop": {"ema": 1.0}}, "loop.ema: expected 0 .*got 1.0"),
         ({"loop": {"warmup": 10**6}}, "loop.warmup: expected 0.."),
         ({"loop": {"compare_steps": 10**6}}, "loop.compare_steps: expected 0.."),
         ({"loop": {"precision": "fp8"}}, "loop.precision: expected one of .*got 'fp8'"),

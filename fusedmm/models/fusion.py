@@ -33,7 +33,7 @@ class FusionConfig:
         "concat", "gated", "weighted", "additive", "cross", "co", "early", "late", "hybrid",
     )  # fmt: skip
     image_size: int = 64
-    patch_size: int = 8
+    patch_size: int = 16
     width: int = 64
     vocab_size: int = 512
     classes: int = 13

@@ -14,7 +14,7 @@ from rich.text import Text
 from fusedmm.models import CLIP, load
 from fusedmm.train import console, end_to_end
 from fusedmm.train.clip import ClipRecipe, evaluate_bases, evaluate_clip
-from fusedmm.train.config import add_flags, flags_to_dict, from_dict
+from fusedmm.train.config import add_flags, flags_to_dict, from_dict, merged, read_yaml
 from fusedmm.train.data import ATTRIBUTION, OpenMoji
 from fusedmm.train.job import Job, run, show_bases, show_matching, show_retrieval
 from fusedmm.train.loop import Interrupted, device
@@ -50,6 +50,12 @@ def add_recipe_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> No
             add_flags(choices["train"], settings_class(recipe))
 
 
+def given_settings(args: argparse.Namespace, cls: type) -> dict:
+    """Settings of the YAML file, if one was named, under those of the flags."""
+    below = read_yaml(args.config) if args.config is not None else {}
+    return merged(below, flags_to_dict(args, cls))
+
+
 def _stopped(error: Interrupted) -> int:
     fail(f"{error}; the same command goes on from there")
     return 130
@@ -58,7 +64,7 @@ def _stopped(error: Interrupted) -> int:
 def do_run(args: argparse.Namespace) -> int:
     """The main job."""
     console.configure_logging()
-    job = from_dict(Job, flags_to_dict(args, Job))
+    job = from_dict(Job, given_settings(args, Job))
     try:
         run(job, root=args.runs, name=args.name, cache_dir=args.cache, fresh=args.fresh)
     except Interrupted as error:
@@ -70,7 +76,7 @@ def do_train(args: argparse.Namespace) -> int:
     """One recipe."""
     console.configure_logging()
     cls = settings_class(args.recipe)
-    recipe = from_dict(cls, flags_to_dict(args, cls))
+    recipe = from_dict(cls, given_settings(args, cls))
     folder = args.runs / (args.name or args.recipe)
     try:
         if args.recipe == "clip":

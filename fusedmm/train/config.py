@@ -1,7 +1,8 @@
 """Recipe settings as frozen dataclasses, and the one translation of them to command-line flags.
 
 A nested field `loop.steps` becomes `--loop.steps`. Every unknown or ill-typed setting is refused by
-name. Left out: configuration files; a run's own config.json can be read back with `from_dict`.
+name. A YAML file holds the same names, nested; a run's own config.json can be read back by
+`from_dict`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,7 +22,11 @@ PRECISIONS = ("auto", "bf16", "fp32")
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long and how fast to learn. A run is `steps` optimizer steps, never a time."""
+    """How long and how fast to learn. A run is `steps` optimizer steps, never a time.
+
+    `accumulate` batches make one step; `ema`, where more than 0, is the decay of a running mean of
+    the weights that takes their place at the end; `tensorboard` writes scalars for it.
+    """
 
     steps: int = 500
     batch_size: int = 128
@@ -34,9 +40,12 @@ class LoopConfig:
     precision: str = "auto"
     checkpoint_every: int = 50
     compare_steps: int = 20
+    accumulate: int = 1
+    ema: float = 0.0
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every"):
+        for name in ("steps", "batch_size", "checkpoint_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("lr", "grad_clip"):
@@ -51,6 +60,8 @@ class LoopConfig:
                 f"loop.compare_steps: expected 0..{self.steps} to fit loop.steps, "
                 f"got {self.compare_steps}"
             )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"loop.ema: expected 0 (off) to below 1, got {self.ema}")
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"loop.precision: expected one of {PRECISIONS}, got {self.precision!r}"
@@ -90,6 +101,33 @@ def from_dict(
     return cls(**out) if default is None else dataclasses.replace(default, **out)
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings from a YAML file, nested as the dataclasses are; `from_dict` checks them.
+
+    Raises: ValueError, not a mapping or not YAML.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path}: expected YAML, got {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path}: expected settings by name, got {values!r}")
+    return values
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings of both; where both say something, `above` counts."""
+    out = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(name), Mapping)
+        out[name] = merged(out[name], value) if both else value
+    return out
+
+
 def _default(field: dataclasses.Field, owner: Any) -> Any:
     """The value a field has in `owner`, or its own default, or None."""
     if owner is not None:
@@ -127,15 +165,23 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, *, prefix: str = "") -
         if typing.get_origin(hint) in (typing.Union, types.UnionType):
             hint = next(a for a in typing.get_args(hint) if a is not type(None))
         nargs: dict[str, Any] = {}
+        if hint is bool:
+            hint = _yes_or_no
         if typing.get_origin(hint) is tuple:
             hint, nargs = typing.get_args(hint)[0], {"nargs": "*"}
         parser.add_argument(
             f"--{name}",
             type=hint,
             default=argparse.SUPPRESS,
-            metavar=hint.__name__.upper(),
+            metavar=hint.__name__.strip("_").upper(),
             **nargs,
         )
+
+
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
 
 
 def flags_to_dict(args: argparse.Namespace, cls: type, *, prefix: str = "") -> dict[str, Any]:

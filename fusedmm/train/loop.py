@@ -1,8 +1,7 @@
 """The one training loop: AdamW, warm-up and cosine, clipping, bf16, logs, exact resume.
 
 All randomness of a step is seeded from (seed, step), so a checkpoint needs only weights, optimizer
-and the step to go on exactly as if never stopped. Left out: several processes, gradient
-accumulation, EMA.
+and the step to go on exactly as if never stopped. Left out: several processes.
 """
 
 from __future__ import annotations
@@ -99,6 +98,13 @@ class Stepper:
         self.config = config
         self.optimizer = make_optimizer(task.model, config)
         self.learned = [p for p in task.model.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.learned] if config.ema else []
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Put the running mean of the weights in their place, if one is kept."""
+        for p, mean in zip(self.learned, self.average, strict=False):
+            p.copy_(mean)
 
     def step(self, step: int) -> dict[str, float]:
         """Do step number `step`; returns its scalars and the gradient norm.
@@ -110,11 +116,14 @@ class Stepper:
         torch.manual_seed(step_seed(config.seed, step))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        with autocast(config.precision):
-            scalars = self.task.loss(step)
-        scalars["loss"].backward()
+        values: dict[str, float] = {}
+        for part in range(config.accumulate):
+            with autocast(config.precision):
+                scalars = self.task.loss(step * config.accumulate + part)
+            (scalars["loss"] / config.accumulate).backward()
+            for name, value in scalars.items():
+                values[name] = values.get(name, 0.0) + float(value.detach()) / config.accumulate
         norm = nn.utils.clip_grad_norm_(self.learned, config.grad_clip)
-        values = {name: float(value.detach()) for name, value in scalars.items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(float(norm))):
             raise FloatingPointError(
                 f"train: step {step}: expected a finite loss, got {values['loss']} "
@@ -122,13 +131,31 @@ class Stepper:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            torch._foreach_lerp_(self.average, self.learned, 1 - config.ema)
         return {**values, "grad_norm": float(norm)}
+
+
+# Settings that decide nothing while they are off: a run from before they existed stays valid.
+_OFF = {"accumulate": 1, "ema": 0.0}
+_SILENT = ("tensorboard",)
+
+
+def _deciding(settings: Any) -> Any:
+    if isinstance(settings, dict):
+        return {
+            name: _deciding(value)
+            for name, value in settings.items()
+            if name not in _SILENT and not (name in _OFF and value == _OFF[name])
+        }
+    return [_deciding(v) for v in settings] if isinstance(settings, (list, tuple)) else settings
 
 
 def fingerprint(settings: Any) -> str:
     """A digest of everything that decides a run's numbers; other checkpoints are refused."""
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
         settings = dataclasses.asdict(settings)
+    settings = _deciding(settings)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -153,6 +180,7 @@ class Checkpoints:
                 "step": step,
                 "key": self.key,
                 "optimizer": stepper.optimizer.state_dict(),
+                "average": stepper.average,
                 "rng": torch.get_rng_state(),
             }
             torch.save(state, tmp / "state.pt")
@@ -201,6 +229,9 @@ class Checkpoints:
                 )
             stepper.task.model.load_state_dict(weights)
             stepper.optimizer.load_state_dict(optimizer)
+            with torch.no_grad():
+                for mean, kept in zip(stepper.average, state.get("average", ()), strict=True):
+                    mean.copy_(kept)
             torch.set_rng_state(state["rng"])
             return step
         return 0
@@ -247,6 +278,31 @@ def read_log(path: Path, before: int | None = None) -> list[dict[str, float]]:
     return rows
 
 
+@contextlib.contextmanager
+def scalar_writer(run_dir: Path, first: int, on: bool) -> Iterator[Callable[[dict], None]]:
+    """A function that sends a row of the log to TensorBoard, or does nothing.
+
+    Raises: ModuleNotFoundError, it is asked for and tensorboard is not installed.
+    """
+    if not on:
+        yield lambda row: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "train: loop.tensorboard: tensorboard is not installed; pip install tensorboard"
+        ) from error
+    with SummaryWriter(run_dir / "tensorboard", purge_step=first) as writer:
+
+        def write(row: dict) -> None:
+            for name, value in row.items():
+                if name != "step":
+                    writer.add_scalar(name, value, row["step"])
+
+        yield write
+
+
 def train(
     task: Task,
     config: LoopConfig,
@@ -275,13 +331,18 @@ def train(
     log_path = run_dir / "log.jsonl"
     rows = read_log(log_path, before=first)
     log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with stop_on_interrupt() as asked, open(log_path, "a", buffering=1) as file:
+    with (
+        stop_on_interrupt() as asked,
+        open(log_path, "a", buffering=1) as file,
+        scalar_writer(run_dir, first, config.tensorboard) as write_scalars,
+    ):
         for step in range(first, config.steps):
             start = time.perf_counter()
             row = {"step": step, **stepper.step(step)}
             row["seconds"] = round(time.perf_counter() - start, 6)
             rows.append(row)
             file.write(json.dumps(row) + "\n")
+            write_scalars(row)
             if on_step is not None:
                 on_step(step + 1, row)
             if asked():
@@ -289,4 +350,5 @@ def train(
                 raise Interrupted(step + 1, checkpoints.folder)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 checkpoints.save(step + 1, stepper)
+    stepper.use_average()
     return rows

@@ -27,7 +27,7 @@ class FusionRecipe:
     """Everything that decides the numbers of this recipe; `batch_size` counts pictures."""
 
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=2000, batch_size=32, lr=2e-3, compare_steps=0)
+        default_factory=lambda: LoopConfig(steps=1500, batch_size=32, lr=2e-3, compare_steps=0)
     )
     model: FusionConfig = field(default_factory=FusionConfig)
     questions: int = 4
