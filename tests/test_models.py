@@ -10,7 +10,17 @@ import torch
 pytest.importorskip("tokenizers", reason="the train extra is not installed")
 
 import fusedmm  # noqa: E402
-from fusedmm.models import CLIP, CLIPConfig, Tokenizer, ViLBERT, ViLBERTConfig, load, save  # noqa: E402
+from fusedmm.models import (  # noqa: E402
+    CLIP,
+    PRESETS,
+    CLIPConfig,
+    Tokenizer,
+    ViLBERT,
+    ViLBERTConfig,
+    build,
+    load,
+    save,
+)
 from fusedmm.models.clip import standard_contrastive_loss  # noqa: E402
 from fusedmm.nn.co_attention import (  # noqa: E402
     BertBiAttention,
@@ -220,6 +230,51 @@ def test_load_names_what_is_missing_or_damaged(tmp_path):
         load(tmp_path)
     with pytest.raises(TypeError, match="models.save: model: expected one of"):
         save(tmp_path, torch.nn.Linear(2, 2), make_tokenizer())
+
+
+# As open_clip counts ViT-B-32, ViT-B-16 and ViT-L-14; ViLBERT with its frozen region encoder.
+PARAMETERS = {
+    "clip-vit-b-32": 151_277_313,
+    "clip-vit-b-16": 149_620_737,
+    "clip-vit-l-14": 427_616_513,
+    "vilbert-base": 409_421_628,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_standard_sizes(name):
+    with torch.device("meta"):
+        model = build(*PRESETS[name])
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_clip_preset_has_the_names_and_shapes_of_open_clip():
+    open_clip = pytest.importorskip("open_clip")
+    config = PRESETS["clip-vit-b-32"][1]
+    with torch.device("meta"):
+        ours = build("clip", config)
+        theirs = open_clip.model.CLIP(
+            512,
+            open_clip.CLIPVisionCfg(layers=12, width=768, patch_size=32, image_size=224),
+            open_clip.CLIPTextCfg(
+                context_length=77, vocab_size=49408, width=512, heads=8, layers=12
+            ),
+        )
+    shapes = [{k: v.shape for k, v in m.named_parameters()} for m in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_standard_size_takes_a_training_step():
+    torch.manual_seed(0)
+    model = build(*PRESETS["clip-vit-b-32"])
+    images, tokens = torch.rand(2, 3, 224, 224), torch.randint(0, 49000, (2, 77))
+    tokens[:, 9] = 49407
+    before = model.visual.proj.clone()
+    loss = model.loss(images, tokens)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters())
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    assert model.visual.proj.isfinite().all() and not torch.equal(model.visual.proj, before)
 
 
 @pytest.mark.parametrize(

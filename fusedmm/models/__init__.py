@@ -6,6 +6,7 @@ path. Nothing in the library proper imports this package.
 
 from fusedmm.models.checkpoint import Loaded, build, load, save
 from fusedmm.models.clip import CLIP, CLIPConfig
+from fusedmm.models.presets import PRESETS
 from fusedmm.models.tokenizer import Tokenizer
 from fusedmm.models.vilbert import ViLBERT, ViLBERTConfig
 
@@ -13,6 +14,7 @@ __all__ = [
     "CLIP",
     "CLIPConfig",
     "Loaded",
+    "PRESETS",
     "Tokenizer",
     "ViLBERT",
     "ViLBERTConfig",
