@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -149,6 +150,28 @@ def test_accumulated_gradients_are_the_mean(data, tokenizer):
     stepper = Stepper(task, loop)
     one = [float(task.loss(i)["loss"].detach()) for i in (6, 7)]
     assert stepper.step(3)["loss"] == pytest.approx(sum(one) / 2, rel=1e-5)
+
+
+def test_two_processes_do_what_one_does_by_accumulation(cache, tmp_path):
+    flags = [
+        "--cache", str(cache), "--limit", str(LIMIT), "--loop.steps", "4", "--loop.warmup", "1",
+        "--loop.batch_size", "8", "--loop.precision", "fp32", "--loop.compare_steps", "0",
+        "--model.image_size", "32", "--model.vision_layers", "1", "--model.text_layers", "1",
+        "--model.vocab_size", "320", "--runs", str(tmp_path),
+    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "fusedmm", "train", "siglip", "--name", "two", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert main(["train", "siglip", "--name", "one", *flags, "--loop.accumulate", "2"]) == 0
+    logs = []
+    for name in ("two", "one"):
+        assert (tmp_path / name / "metrics.json").exists()
+        logs.append([json.loads(line) for line in (tmp_path / name / "log.jsonl").open()])
+    two, one = ([(r["step"], r["loss"], r["grad_norm"]) for r in log] for log in logs)
+    assert len(two) == len(one) == 4
+    for a, b in zip(two, one, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_scalars_reach_tensorboard(data, tokenizer, tmp_path):
@@ -443,7 +466,5 @@ def test_words_are_grouped_from_pieces(tokenizer):
 
 def test_training_needs_no_terminal_module_in_the_library():
     code = "import fusedmm, sys; print([m for m in sys.modules if m.startswith('fusedmm.train')])"
-    import subprocess
-
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

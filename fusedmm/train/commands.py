@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from fusedmm.models import CLIP, load
-from fusedmm.train import console, end_to_end
+from fusedmm.train import console, end_to_end, parallel
 from fusedmm.train.clip import ClipRecipe, evaluate_bases, evaluate_clip
 from fusedmm.train.config import add_flags, flags_to_dict, from_dict, merged, read_yaml
 from fusedmm.train.data import ATTRIBUTION, OpenMoji
@@ -73,26 +73,35 @@ def do_run(args: argparse.Namespace) -> int:
 
 
 def do_train(args: argparse.Namespace) -> int:
-    """One recipe."""
+    """One recipe, by one process or by those that torchrun started."""
     console.configure_logging()
+    with parallel.processes():
+        console.console.quiet = parallel.rank() > 0
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     cls = settings_class(args.recipe)
     recipe = from_dict(cls, given_settings(args, cls))
     folder = args.runs / (args.name or args.recipe)
     try:
         if args.recipe == "clip":
             data = load_data(args.cache, recipe.limit, recipe.model.image_size, args.data)
-            show_retrieval(run_clip(recipe, data, folder, fresh=args.fresh)["retrieval"])
+            if metrics := run_clip(recipe, data, folder, fresh=args.fresh):
+                show_retrieval(metrics["retrieval"])
         elif args.recipe in SYSTEMS:
             given = {"clip": args.clip} if args.clip else {}
             sources = Sources(args.cache, args.runs, given, args.data)
-            show(run_system(args.recipe, recipe, sources, folder, fresh=args.fresh))
-            console.say(f"report: {folder / 'report.html'}")
+            if metrics := run_system(args.recipe, recipe, sources, folder, fresh=args.fresh):
+                show(metrics)
+                console.say(f"report: {folder / 'report.html'}")
         else:
             clip_dir = args.clip or args.runs / "clip"
             size = load(clip_dir).model.config.image_size
             data = load_data(args.cache, recipe.limit, size, args.data)
             metrics = run_vilbert(recipe, data, clip_dir, folder, fresh=args.fresh)
-            show_matching(metrics["matching"])
+            if metrics:
+                show_matching(metrics["matching"])
     except Interrupted as error:
         return _stopped(error)
     console.say(f"model: {folder}")

@@ -1,7 +1,8 @@
 """The one training loop: AdamW, warm-up and cosine, clipping, bf16, logs, exact resume.
 
 All randomness of a step is seeded from (seed, step), so a checkpoint needs only weights, optimizer
-and the step to go on exactly as if never stopped. Left out: several processes.
+and the step to go on exactly as if never stopped. Several processes average their
+gradients, see fusedmm.train.parallel.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fusedmm.train import parallel
 from fusedmm.train.config import LoopConfig
 from fusedmm.train.sampling import step_seed
 
@@ -100,6 +102,16 @@ class Stepper:
         self.learned = [p for p in task.model.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.learned] if config.ema else []
 
+    def averaged(self, values: dict[str, float]) -> dict[str, float]:
+        """Average gradients and scalars over the processes, if there are several."""
+        if parallel.world() == 1:
+            return values
+        for p in self.learned:  # what a batch did not touch counts as zero
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        numbers = torch.tensor(list(values.values()), device=device())
+        parallel.average([*(p.grad for p in self.learned), numbers])
+        return dict(zip(values, numbers.tolist(), strict=True))
+
     @torch.no_grad()
     def use_average(self) -> None:
         """Put the running mean of the weights in their place, if one is kept."""
@@ -113,16 +125,18 @@ class Stepper:
         """
         config = self.config
         self.task.model.train()
-        torch.manual_seed(step_seed(config.seed, step))
+        torch.manual_seed(step_seed(config.seed, step * parallel.world() + parallel.rank()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         values: dict[str, float] = {}
         for part in range(config.accumulate):
+            batch = (step * config.accumulate + part) * parallel.world() + parallel.rank()
             with autocast(config.precision):
-                scalars = self.task.loss(step * config.accumulate + part)
+                scalars = self.task.loss(batch)
             (scalars["loss"] / config.accumulate).backward()
             for name, value in scalars.items():
                 values[name] = values.get(name, 0.0) + float(value.detach()) / config.accumulate
+        values = self.averaged(values)
         norm = nn.utils.clip_grad_norm_(self.learned, config.grad_clip)
         if not (math.isfinite(values["loss"]) and math.isfinite(float(norm))):
             raise FloatingPointError(
@@ -169,7 +183,7 @@ class Checkpoints:
     def save(self, step: int, stepper: Stepper) -> None:
         """Write the state before step number `step`."""
         target = self.folder / f"{step:07d}"
-        if target.exists():
+        if parallel.rank() or target.exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tmp = Path(tempfile.mkdtemp(dir=self.folder, prefix=".writing-"))
@@ -330,11 +344,15 @@ def train(
     first = checkpoints.restore(stepper)
     log_path = run_dir / "log.jsonl"
     rows = read_log(log_path, before=first)
-    log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parallel.wait()
+    if parallel.rank():
+        log_path = Path(os.devnull)
+    else:
+        log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (
         stop_on_interrupt() as asked,
         open(log_path, "a", buffering=1) as file,
-        scalar_writer(run_dir, first, config.tensorboard) as write_scalars,
+        scalar_writer(run_dir, first, config.tensorboard and not parallel.rank()) as write_scalars,
     ):
         for step in range(first, config.steps):
             start = time.perf_counter()
@@ -345,7 +363,7 @@ def train(
             write_scalars(row)
             if on_step is not None:
                 on_step(step + 1, row)
-            if asked():
+            if parallel.agree(asked()):
                 checkpoints.save(step + 1, stepper)
                 raise Interrupted(step + 1, checkpoints.folder)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:

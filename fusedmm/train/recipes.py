@@ -20,7 +20,7 @@ import torch
 
 from fusedmm.models import load, save
 from fusedmm.models.checkpoint import write_json
-from fusedmm.train import console
+from fusedmm.train import console, parallel
 from fusedmm.train.captions import load_captions
 from fusedmm.train.clip import ClipRecipe, ClipTask, evaluate_clip, train_tokenizer
 from fusedmm.train.compare import backend_in_use, compare
@@ -148,8 +148,9 @@ def compare_with_bar(
 
 def start_run(run_dir: Path, key: str, fresh: bool) -> Metrics | None:
     """The metrics of a run finished before, or None with the folder ready to go on or begin."""
-    if fresh and run_dir.exists():
+    if fresh and run_dir.exists() and not parallel.rank():
         shutil.rmtree(run_dir)
+    parallel.wait()
     metrics = read_metrics(run_dir, key)
     if metrics is not None:
         console.say(f"{run_dir}: finished before, used as it is")
@@ -176,6 +177,8 @@ def run_clip(recipe: ClipRecipe, data: OpenMoji, run_dir: Path, *, fresh: bool =
     tokenizer = train_tokenizer(data, recipe.model)
     task = ClipTask(recipe, data, tokenizer)
     rows = train_with_bar("clip", task, recipe.loop, run_dir, key)
+    if parallel.rank():
+        return {}
     save(run_dir, task.model, tokenizer, recipe=dataclasses.asdict(recipe), key=key)
     comparison = compare_with_bar(
         "clip", "contrastive_loss",
@@ -223,6 +226,8 @@ def run_vilbert(
     with console.meter("region features", total) as meter:
         task = ViLBERTTask(recipe, data, tokenizer, clip, on_progress=meter.update)
     rows = train_with_bar("vilbert", task, recipe.loop, run_dir, key)
+    if parallel.rank():
+        return {}
     save(run_dir, task.model, tokenizer, recipe=dataclasses.asdict(recipe), key=key)
     comparison = compare_with_bar(
         "vilbert",

@@ -14,7 +14,7 @@ from typing import Any
 
 from fusedmm.models import save
 from fusedmm.models.checkpoint import atomic_path
-from fusedmm.train import console
+from fusedmm.train import console, parallel
 from fusedmm.train.loop import fingerprint
 from fusedmm.train.recipes import (
     Metrics,
@@ -41,6 +41,8 @@ def run_system(
 ) -> Metrics:
     """Train and judge the system in `run_dir`, or return the metrics that are there.
 
+    Under torchrun all processes train, and the first one does the rest; the others return {}.
+
     Raises: Interrupted, on Ctrl-C. FileNotFoundError, a model it starts from is missing.
         ValueError, the folder holds a run of other settings.
     """
@@ -51,6 +53,8 @@ def run_system(
     start = time.perf_counter()
     system = cls(recipe, sources)
     rows = train_with_bar(name, system, recipe.loop, run_dir, key)
+    if parallel.rank():
+        return {}
     save(run_dir, system.model, system.tokenizer, recipe=dataclasses.asdict(recipe), key=key)
     comparison = None
     if cls.op is not None and recipe.loop.compare_steps:
