@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-gpu lint clean bench sanitize build
+.PHONY: run test test-gpu lint clean bench sanitize build wheel test-previous
 
 run: build
 	$(PY) -m fusedmm run
@@ -25,6 +25,16 @@ test: lint
 GPU_TESTS ?= tests/vgpu tests/test_triton_gpu.py
 test-gpu: build
 	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS) -- $(GPU_TESTS)
+
+# Parity with the originals in the newest release of Transformers' previous major line.
+test-previous: build
+	$(PY) -m pip install -q --upgrade --target $(VENV)/previous "transformers<5"
+	PYTHONPATH=$(VENV)/previous $(PY) -m pytest -q tests/test_nn_originals.py tests/test_patch.py \
+		tests/test_examples.py
+
+# A wheel and an sdist in dist/, each installed into an empty venv and used there. Takes minutes.
+wheel: build
+	$(PY) tests/make_wheel.py $(ARGS)
 
 # ASan and UBSan on the CPU kernels, for each instruction set of this machine.
 sanitize:

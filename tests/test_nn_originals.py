@@ -21,6 +21,7 @@ from fusedmm.nn import (
     LxmertCrossAttention,
     SigLipLoss,
 )
+from fusedmm.nn.lazy import LazyMap
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 B, M, N, D = 3, 41, 11, 32
@@ -189,11 +190,12 @@ def test_grounding_dino_large_scores() -> None:
     nn_parity.assert_parity(ours, theirs, inputs, call=call)
 
 
-def dino_call(model):
+def dino_call(model, **more):
     torch.manual_seed(3)
     ids = torch.tensor([[101, 20, 21, 102], [101, 30, 102, 0]])
     return model(
         pixel_values=torch.randn(2, 3, 64, 64), input_ids=ids, attention_mask=(ids != 0).long(),
+        **more,
     )  # fmt: skip
 
 
@@ -214,7 +216,7 @@ def test_patch_grounding_dino(family: str) -> None:
         for name, p in model.named_parameters():
             if name.endswith(("vision_param", "text_param")):
                 p.fill_(1.0)
-        want = dino_call(model)
+        want = dino_call(model, output_attentions=True)
         replaced = fusedmm.patch(model)
         assert len(replaced) == len(attentions) == 2
         assert list(replaced.values()) == classes
@@ -227,6 +229,12 @@ def test_patch_grounding_dino(family: str) -> None:
             torch.testing.assert_close(
                 got.logits[finite], want.logits[finite], atol=2e-4, rtol=1e-4
             )
+        maps = dino_call(model, output_attentions=True).encoder_attentions
+        for layer in range(2):
+            for side in range(2):  # vision over text, text over vision: computed when read
+                lazy, exact = maps[side][layer], want.encoder_attentions[side][layer]
+                assert type(lazy) is LazyMap
+                torch.testing.assert_close(torch.add(lazy, 0.0), exact, atol=1e-5, rtol=1e-4)
         assert fusedmm.unpatch(model) == replaced
         assert [type(m) for m in attentions] == classes and fusedmm.unpatch(model) == {}
         assert all("_fusedmm_original" not in m.__dict__ for m in attentions)

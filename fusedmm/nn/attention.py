@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.co_attention import co_attention
 from .masks import masked_softmax
+from .project import project
 
 
 class CoAttention(nn.Module):
@@ -62,7 +63,7 @@ class CoAttention(nn.Module):
         Returns: (x_fused [B, M, dim], y_fused [B, N, dim]), with text first (txt_fused, img_fused).
         """
         linears = (self.q_linear, self.k_linear, self.v_linear)
-        qkv = [f(t)[:, None] for t in (x, y) for f in linears]  # [B, 1, tokens, dim]
+        qkv = [p[:, None] for t in (x, y) for p in project(t, *linears)]  # [B, 1, tokens, dim]
         o_x, o_y = co_attention(
             *qkv,
             mask_x=mask_x,
