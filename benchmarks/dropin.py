@@ -307,7 +307,7 @@ def _rows(records: list[dict]) -> list[list[str]]:
             milliseconds(times["before"]),
             milliseconds(times["compiled"]) if "compiled" in times else "",
             milliseconds(times["after"]), f"{r['ratio']:.2f}", " -> ".join(filter(None, peaks)),
-            " -> ".join(filter(None, saved)), f"{r['difference']:.0e}",
+            " -> ".join(filter(None, saved)), f"{r['difference']:.0e}", f"{r['others']:.0%}",
         ])  # fmt: skip
     return rows
 
@@ -323,7 +323,8 @@ def write_tables() -> None:
             f"{machine['torch']}, " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".\n"
         )
         head = ["", "shape", "dtype", "mode", "threads", "before ms", "compiled ms", "after ms",
-                "ratio", "peak memory", "kept for backward", "difference"]  # fmt: skip
+                "ratio", "peak memory", "kept for backward", "difference",
+                "other work"]  # fmt: skip
         parts.append(table(head, _rows(result["records"])))
     begin, end = "<!-- dropin -->", "<!-- /dropin -->"
     text = "\n".join([begin, *parts, end])

@@ -123,6 +123,57 @@ def test_patch_lightglue() -> None:
         assert torch.equal(model(images).matching_scores, want.matching_scores)
 
 
+class BertBiAttention(nn.Module):
+    """The interface of the original code's class of that name around the paper's equation."""
+
+    __module__ = "vilbert.vilbert"
+
+    def __init__(self, width1: int, width2: int, joint: int, heads: int, p: float) -> None:
+        super().__init__()
+        self.num_attention_heads, self.visualization = heads, True
+        for i, width in ((1, width1), (2, width2)):
+            for name in ("query", "key", "value"):
+                setattr(self, f"{name}{i}", nn.Linear(width, joint))
+            setattr(self, f"dropout{i}", nn.Dropout(p))
+
+    def forward(self, x1, mask1, x2, mask2, co_attention_mask=None, use_co_attention_mask=False):
+        def heads(layer, x):
+            return layer(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+
+        def attend(query, key, value, mask, dropout):
+            p = (query @ key.mT / query.shape[-1] ** 0.5 + mask).softmax(-1)
+            return (dropout(p) @ value).transpose(1, 2).flatten(2), p
+
+        q1, k1, v1 = (heads(f, x1) for f in (self.query1, self.key1, self.value1))
+        q2, k2, v2 = (heads(f, x2) for f in (self.query2, self.key2, self.value2))
+        c1, p1 = attend(q2, k1, v1, mask1, self.dropout1)
+        c2, p2 = attend(q1, k2, v2, mask2, self.dropout2)
+        return c1, c2, {"attn1": p1, "queries1": q2, "keys1": k1,
+                        "attn2": p2, "querues2": q1, "keys2": k2}  # fmt: skip
+
+
+def test_patch_vilbert() -> None:
+    """The code's own class by its name, here a stand-in: it is on no package index."""
+    model = nn.ModuleList([BertBiAttention(24, D, 48, 4, 0.0)])
+    x1, x2 = torch.randn(B, M, 24), torch.randn(B, N, D)
+    masks = (-1e4 * (torch.rand(B, 1, 1, n) > 0.6).float() for n in (M, N))
+    args = (x1, next(masks), x2, next(masks))
+    want1, want2, want = model[0](*args)
+    keys = model.state_dict().keys()
+    assert list(fusedmm.patch(model, verbose=False)) == ["0"] and model.state_dict().keys() == keys
+    got1, got2, got = model[0](*args, None, False)
+    torch.testing.assert_close(got1, want1, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got2, want2, atol=1e-5, rtol=1e-5)
+    assert got.keys() == want.keys()
+    for name, exact in want.items():
+        torch.testing.assert_close(torch.add(got[name], 0.0), exact, atol=1e-6, rtol=1e-5)
+    model[0].visualization = False
+    assert model[0](*args)[2] is None
+    model[0].dropout2.p = 0.5
+    with pytest.raises(NotImplementedError, match="BertBiAttention: dropout2: expected 0.0"):
+        model[0](*args)
+
+
 @pytest.mark.parametrize("kind", ["clip", "bert", "gpt2"])
 def test_attention_function(kind: str) -> None:
     """attn_implementation="fusedmm": bidirectional, padded and causal models, forward and backward;

@@ -28,6 +28,7 @@ _REPLACEMENTS = {
         "LxmertCrossAttention",
     ),
     (f"{_HF}.lxmert.modeling_lxmert", "LxmertXLayer"): (_TRANSFORMERS, "LxmertXLayer"),
+    ("vilbert.vilbert", "BertBiAttention"): ("fusedmm.integrations.vilbert", "BertBiAttention"),
     ("lightglue.lightglue", "CrossBlock"): ("fusedmm.nn", "LightGlueCrossBlock"),
     ("open_clip.loss", "ClipLoss"): ("fusedmm.nn", "ClipLoss"),
     ("open_clip.loss", "SigLipLoss"): ("fusedmm.nn", "SigLipLoss"),
@@ -66,7 +67,8 @@ def patch(model: nn.Module, *, verbose: bool = True) -> Patched:
         fusedmm.unpatch(model)
 
     Replaces Transformers' Grounding DINO and MM Grounding DINO fusion attention, LXMERT and
-    LightGlue cross-attention, LightGlue's own cross block, and open_clip's ClipLoss and SigLipLoss.
+    LightGlue cross-attention, the original code's attention of ViLBERT and cross block of
+    LightGlue, and open_clip's ClipLoss and SigLipLoss.
     The fusion attention's maps are computed when read.
 
     Args:
