@@ -31,6 +31,7 @@ class VQAConfig:
     vocab_size: int = 512
     max_position: int = 16
     classes: int = 13
+    frames: int = 1
 
     def __post_init__(self) -> None:
         if self.encoder not in ENCODERS:
@@ -85,6 +86,7 @@ class VQA(nn.Module):
         init_bert(self)
         self.stem = conv_stem(width, config.patch_size, batch_norm=True)
         self.position = nn.Parameter(torch.randn(grid**2, width) * 0.02)
+        self.time = nn.Parameter(torch.randn(config.frames, 1, width) * 0.02)
         self.norm = nn.LayerNorm(width)
 
     def encode(
@@ -93,12 +95,15 @@ class VQA(nn.Module):
         """Words and regions that have seen each other.
 
         Args:
-            images: [P, 3, S, S] in [0, 1]; tokens: [Q, N] ids; keep: [Q, N] bool.
+            images: [P, 3, S, S] in [0, 1], or [P, frames, 3, S, S].
+            tokens: [Q, N] ids; keep: [Q, N] bool.
             picture: [Q] row of `images` that each question is about.
         Returns: (text [Q, N, width], image [Q, M, width]).
         """
-        regions = self.stem(images * 2 - 1).flatten(2).transpose(1, 2)
-        regions = self.norm(regions + self.position)[picture]
+        frames = images.view(-1, *images.shape[-3:])  # [P * frames, 3, S, S]
+        regions = self.stem(frames * 2 - 1).flatten(2).transpose(1, 2) + self.position
+        regions = regions.unflatten(0, (-1, self.config.frames)) + self.time
+        regions = self.norm(regions.flatten(1, 2))[picture]  # [Q, frames * cells, width]
         return self.encoder(self.embeddings(tokens), regions, keep)
 
     def answer_logits(self, text: Tensor, image: Tensor) -> Tensor:

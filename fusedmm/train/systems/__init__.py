@@ -14,6 +14,7 @@ from fusedmm.train.systems.base import Figure, Picture, Sources, System
 SYSTEMS = {
     "alignment": ("alignment", "Alignment"),
     "autoencoder": ("autoencoder", "Autoencoder"),
+    "dialogue": ("scene_questions", "Dialogue"),
     "distillation": ("distillation", "Distillation"),
     "fusion": ("fusion", "Fusion"),
     "grounding": ("grounding", "Grounding"),
@@ -21,6 +22,7 @@ SYSTEMS = {
     "siglip": ("siglip", "SigLip"),
     "text-to-image": ("text_to_image", "TextToImage"),
     "uniter": ("vqa", "Uniter"),
+    "video-qa": ("scene_questions", "VideoQa"),
     "vilbert-vqa": ("vqa", "VilbertVqa"),
     "vlap": ("vlap", "Vlap"),
     "vlmp": ("vlmp", "Vlmp"),

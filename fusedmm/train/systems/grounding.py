@@ -7,22 +7,19 @@ drawings stand in four quadrants at random places and sizes; boxes hug what is d
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusedmm.models.grounding import Grounder, GrounderConfig, box_iou, grounding_loss
-from fusedmm.train.clip import one_per_base
 from fusedmm.train.config import LoopConfig
 from fusedmm.train.drawings import name_tokenizer
 from fusedmm.train.evaluate import in_batches
 from fusedmm.train.loop import autocast, device
 from fusedmm.train.sampling import step_seed
 from fusedmm.train.systems.base import Figure, Picture, Sources, System
+from fusedmm.train.systems.scenes import QUADRANTS, Scenes, compose, drawn_boxes, nameable
 
-QUADRANTS = 4
 DRAWING_SIZE = 32
 
 
@@ -38,48 +35,6 @@ class GroundingRecipe:
     phrases: int = 2
     evaluated: int = 1024
     limit: int | None = None
-
-
-class Scenes(NamedTuple):
-    """Pictures [B, 3, S, S], which drawing is where [B, 4], and its box [B, 4, 4] in 0..1."""
-
-    images: Tensor
-    drawings: Tensor
-    boxes: Tensor
-
-
-def drawn_boxes(images: Tensor) -> Tensor:
-    """The box (x0, y0, x1, y1) in 0..1 around what is not white: [N, 3, S, S] -> [N, 4]."""
-    ink = (images < 0.97).any(dim=1)  # [N, S, S]
-    size = images.shape[-1]
-    out = []
-    for axis in (1, 2):  # any over rows leaves columns: x first
-        line = ink.any(dim=axis).float()
-        first = line.argmax(dim=1)
-        last = size - line.flip(1).argmax(dim=1)
-        out.append((first, last))
-    (x0, x1), (y0, y1) = out
-    return torch.stack([x0, y0, x1, y1], dim=1).float() / size
-
-
-def compose(images: Tensor, boxes: Tensor, rows: Tensor, size: int, g: torch.Generator) -> Scenes:
-    """Place `rows` [B, 4] of the drawings in the quadrants of canvases of `size` pixels."""
-    b = len(rows)
-    n = b * QUADRANTS
-    zoom = torch.rand(n, generator=g) * 0.4 + 0.6  # side of the drawing over side of the quadrant
-    shift = (torch.rand(n, 2, generator=g) * 2 - 1) * (1 - zoom[:, None])  # of its centre, in -1..1
-    theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom
-    theta[:, :, 2] = -shift / zoom[:, None]
-    half = size // 2
-    grid = F.affine_grid(theta, [n, 3, half, half], align_corners=False)
-    parts = F.grid_sample(images[rows.flatten()] - 1, grid, align_corners=False) + 1
-    parts = parts.view(b, 2, 2, 3, half, half)
-    canvas = parts.permute(0, 3, 1, 4, 2, 5).reshape(b, 3, size, size)
-    corner = (boxes[rows.flatten()].view(n, 2, 2) * 2 - 1) * zoom[:, None, None] + shift[:, None]
-    corner = (corner + 1) / 4  # in the quadrant's half of the canvas
-    origin = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.5], [0.5, 0.5]]).repeat(b, 1)
-    return Scenes(canvas, rows, (corner + origin[:, None]).view(b, QUADRANTS, 4))
 
 
 class Grounding(System):
@@ -100,18 +55,11 @@ class Grounding(System):
         self.pixels = self.data.pixels(list(range(len(self.data))))
         self.boxes = drawn_boxes(self.pixels)
         self.tokens = self.tokenizer.encode([d.caption for d in self.data.drawings])
-        self.known = self.nameable("train")[: recipe.names]
-        self.unknown = self.nameable("test")
+        self.known = nameable(self.data, "train")[: recipe.names]
+        self.unknown = nameable(self.data, "test")
         torch.manual_seed(step_seed(recipe.loop.seed, 0, stream=2))
         config = replace(recipe.model, vocab_size=self.tokenizer.vocab_size)
         self.model = Grounder(config, backend=backend).to(device())
-
-    def nameable(self, split: str) -> Tensor:
-        """One drawing a base with a name of up to two words, evenly mixed over the set."""
-        rows = one_per_base(self.data, self.data.indices(split))
-        short = [i for i in rows if len(self.data.drawings[i].caption.split()) <= 2]
-        g = torch.Generator().manual_seed(0)
-        return torch.tensor(short)[torch.randperm(len(short), generator=g)]
 
     def scenes(self, rows: Tensor, count: int, g: torch.Generator) -> tuple[Scenes, Tensor, Tensor]:
         """`count` canvases of four different rows; which scene [Q] and place [Q] is asked for."""
