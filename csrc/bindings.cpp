@@ -35,20 +35,23 @@ TORCH_LIBRARY(_fusedmm_C, m) {
       "-> Tensor[]");
   m.def(
       "contrastive_loss_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? positives, "
-      "Tensor? ids_x, Tensor? ids_y, bool ignore, bool normalize, bool want_x, bool want_y) "
-      "-> (Tensor, Tensor)");
+      "Tensor? ids_x, Tensor? ids_y, bool ignore, bool normalize, bool want_x, bool want_y, "
+      "Tensor(a!)? dots=None) -> (Tensor, Tensor)");
   m.def(
       "contrastive_loss_bwd(Tensor coef_x, Tensor coef_y, Tensor x, Tensor y, Tensor logit_scale, "
       "Tensor? positives, Tensor? ids_x, Tensor? ids_y, bool ignore, bool normalize, "
-      "bool[3] needs) -> Tensor[]");
+      "bool[3] needs, Tensor? dots=None) -> Tensor[]");
   m.def(
       "sigmoid_loss_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, "
-      "Tensor? positives, Tensor? ids_x, Tensor? ids_y, bool normalize) -> Tensor");
+      "Tensor? positives, Tensor? ids_x, Tensor? ids_y, bool normalize, Tensor(a!)? dots=None) "
+      "-> Tensor");
   m.def(
       "sigmoid_loss_bwd(Tensor dloss, Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, "
-      "Tensor? positives, Tensor? ids_x, Tensor? ids_y, bool normalize, bool[4] needs) "
-      "-> Tensor[]");
+      "Tensor? positives, Tensor? ids_x, Tensor? ids_y, bool normalize, bool[4] needs, "
+      "Tensor? dots=None) -> Tensor[]");
 }
+
+TORCH_LIBRARY_FRAGMENT(_fusedmm_C, m) { m.def("kept_dots(int n) -> Tensor", &fmm::cpu::kept_dots); }
 
 #define FMM_IMPL(ns, name) m.impl(#name, &fmm::ns::name)
 #define FMM_IMPLS(ns)                 \

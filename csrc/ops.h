@@ -43,23 +43,27 @@ using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
   std::tuple<at::Tensor, at::Tensor> contrastive_loss_fwd(                                        \
       const at::Tensor& x, const at::Tensor& y, const at::Tensor& logit_scale,                    \
       const OptTensor& positives, const OptTensor& ids_x, const OptTensor& ids_y, bool ignore,    \
-      bool normalize, bool want_x, bool want_y);                                                  \
+      bool normalize, bool want_x, bool want_y, const OptTensor& dots);                           \
   std::vector<at::Tensor> contrastive_loss_bwd(                                                   \
       const at::Tensor& coef_x, const at::Tensor& coef_y, const at::Tensor& x,                    \
       const at::Tensor& y, const at::Tensor& logit_scale, const OptTensor& positives,             \
       const OptTensor& ids_x, const OptTensor& ids_y, bool ignore, bool normalize,                \
-      std::array<bool, 3> needs);                                                                 \
+      std::array<bool, 3> needs, const OptTensor& dots);                                          \
   at::Tensor sigmoid_loss_fwd(const at::Tensor& x, const at::Tensor& y,                           \
                               const at::Tensor& logit_scale, const at::Tensor& logit_bias,        \
                               const OptTensor& positives, const OptTensor& ids_x,                 \
-                              const OptTensor& ids_y, bool normalize);                            \
+                              const OptTensor& ids_y, bool normalize, const OptTensor& dots);     \
   std::vector<at::Tensor> sigmoid_loss_bwd(                                                       \
       const at::Tensor& dloss, const at::Tensor& x, const at::Tensor& y,                          \
       const at::Tensor& logit_scale, const at::Tensor& logit_bias, const OptTensor& positives,    \
-      const OptTensor& ids_x, const OptTensor& ids_y, bool normalize, std::array<bool, 4> needs);
+      const OptTensor& ids_x, const OptTensor& ids_y, bool normalize, std::array<bool, 4> needs,  \
+      const OptTensor& dots);
 
 namespace cpu {
 FMM_OPS
+
+// Memory for raw products that a loss's forward leaves for its backward.
+at::Tensor kept_dots(int64_t n);
 
 Four fusion_attention_fwd(const at::Tensor& x, const at::Tensor& k, const at::Tensor& v,
                           const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias,

@@ -5,6 +5,8 @@
 
 namespace fmm {
 
+constexpr int64_t kDotsTile = 96 * 96;
+
 // int64 [G, rows]; data == nullptr: absent.
 struct Indices {
   const int64_t* data = nullptr;
@@ -22,6 +24,10 @@ struct PairLoss {
   Indices ids_x, ids_y;  // equal ids match as well
   bool ignore;           // ... or leave the denominator
   bool normalize;        // rows to unit length
+  // Raw products of the first tiles, which a forward leaves for its backward: kDotsTile floats
+  // each, in the order of G, x, y. nullptr: none.
+  float* dots = nullptr;
+  int64_t dots_tiles = 0;
 
   float row_scale(int64_t g, int64_t i) const { return scale[scale_per_row ? g * M + i : 0]; }
 };

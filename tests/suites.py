@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusedmm import testing
+from fusedmm.ops import pairs
 from fusedmm.testing import AttentionShape, Case, PairShape, fused, make_case
 
 NEG_INF = float("-inf")
@@ -488,6 +489,27 @@ class PairLossSuite(OpSuite):
         "ids_mean": {"ids": 50, "shape": ragged, "reduction": "mean", "normalize": True},
         "ids_rectangular": {"ids": 9, "shape": PairShape(67, 131, 24, (2,))},
     }
+
+    @pytest.mark.parametrize("tiles", [4, 7, 1000], ids="{}_tiles".format)
+    @pytest.mark.parametrize("option", ["plain", "ids", "normalize", "rows"])
+    def test_kept_products_change_no_bit(self, dtype, tiles, option, monkeypatch):
+        """What the cpu forward leaves for the backward is what the backward would compute."""
+        features = {"plain": {}, "rows": {"logit_scale": "rows"}, "ids": {"ids": 9}}
+        case = make_case(
+            self.op, self.ragged, dtype, **features.get(option, {option: True}), reduction="none"
+        )
+        want = harness.run(case, "cpu")
+        monkeypatch.setattr(pairs, "KEEP_WIDTH", 1)
+        monkeypatch.setattr(pairs, "KEEP_ROWS", 1)
+        monkeypatch.setattr(pairs, "KEEP_BYTES", tiles * 4 * pairs.TILE**2)
+        with harness.recorded(self.op) as calls:
+            got = harness.run(case, "cpu")
+        dots = [t for t in calls["_bwd"] if isinstance(t, Tensor) and t.dim() == 1 and len(t) > 999]
+        assert dots[0].numel() == min(tiles, 8) * pairs.TILE**2
+        harness.assert_same(got, want)
+        with harness.recorded(self.op) as calls, torch.no_grad():
+            fused(case, "cpu")
+        assert calls["_fwd"][-2] == 0, "keeps products though nothing requires a gradient"
 
     def test_losses_are_fp32(self, backend, device, dtype):
         for reduction in ("none", "mean", "sum"):

@@ -107,10 +107,10 @@ class Forward {
       const Vec scale = splat(t.scale[i]);
       Vec total{};
       for (int v = 0; v < t.nv; ++v) {
-        float* s = t.s + i * kBlock + v * kLanes;
+        const int at = i * kBlock + v * kLanes;
         float* column = w.column_total + v * kLanes;
-        const Vec x = load(s) * scale;  // columns past the end are zero
-        store(s, x);
+        const Vec x = load(t.dots + at) * scale;  // columns past the end are zero
+        store(t.s + at, x);
         total += x;
         store(column, load(column) + x);
       }
@@ -221,7 +221,7 @@ class Backward {
       Vec total{};
       for (int v = 0; v < t.nv; ++v) {
         const int at = v * kLanes;
-        const Vec dots = load(t.s + i * kBlock + at), s = rounded(dots * scale);
+        const Vec dots = load(t.dots + i * kBlock + at), s = rounded(dots * scale);
         const Vec p = exp2((s - lse - low) * kLog2E);
         const Vec less = s - load(w.column_lse + at) - load(w.column_low + at);
         const Vec q = kOneExp ? p * (carry * load(w.transfer.column + at)) : exp2(less * kLog2E);

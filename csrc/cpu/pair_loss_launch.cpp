@@ -1,4 +1,9 @@
 // contrastive_loss and sigmoid_loss on CPU tensors: allocates results, fills Params, calls kernels.
+#include <ATen/ops/from_blob.h>
+
+#include <mutex>
+#include <new>
+
 #include "../ops.h"
 #include "launch.h"
 
@@ -14,7 +19,7 @@ Indices indices(const OptTensor& t, int64_t G, int64_t rows, const char* name) {
 
 PairLoss params(const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale,
                 const OptTensor& positives, const OptTensor& ids_x, const OptTensor& ids_y,
-                bool ignore, bool normalize) {
+                bool ignore, bool normalize, const OptTensor& dots) {
   FMM_CHECK(x.dim() == 3 && y.dim() == 3, "3 dims");
   PairLoss a{};
   a.G = x.size(0), a.M = x.size(1), a.D = x.size(2), a.N = y.size(1);
@@ -27,6 +32,10 @@ PairLoss params(const at::Tensor& x, const at::Tensor& y, const at::Tensor& scal
   a.positives = indices(positives, a.G, a.M, "positives");
   a.ids_x = indices(ids_x, a.G, a.M, "ids_x"), a.ids_y = indices(ids_y, a.G, a.N, "ids_y");
   a.ignore = ignore, a.normalize = normalize;
+  if (dots) {
+    FMM_CHECK(dots->scalar_type() == at::kFloat && dots->is_contiguous(), "dots");
+    a.dots = static_cast<float*>(dots->data_ptr()), a.dots_tiles = dots->numel() / kDotsTile;
+  }
   return a;
 }
 
@@ -46,16 +55,52 @@ class Results {
   size_t at_ = 0;
 };
 
+// Memory of the last kept products that were freed: a step's 64 MiB come from the step before,
+// since faulting them in anew costs as much as the products themselves.
+class Spare {
+ public:
+  float* take(int64_t n) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (size_ != n) drop();
+    float* p = data_ ? data_ : new (std::align_val_t{64}) float[n];
+    data_ = nullptr, size_ = 0;
+    return p;
+  }
+  void give(float* p, int64_t n) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    drop();
+    data_ = p, size_ = n;
+  }
+
+ private:
+  void drop() {
+    if (data_) operator delete[](data_, std::align_val_t{64});
+    data_ = nullptr, size_ = 0;
+  }
+  std::mutex mutex_;
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+Spare& spare() {
+  static Spare* const one = new Spare;  // outlives tensors freed at exit
+  return *one;
+}
+
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> contrastive_loss_fwd(const at::Tensor& x, const at::Tensor& y,
-                                                        const at::Tensor& logit_scale,
-                                                        const OptTensor& positives,
-                                                        const OptTensor& ids_x,
-                                                        const OptTensor& ids_y, bool ignore,
-                                                        bool normalize, bool want_x, bool want_y) {
+at::Tensor kept_dots(int64_t n) {
+  FMM_CHECK(n >= 0 && n % kDotsTile == 0, "dots");
+  return at::from_blob(
+      spare().take(n), {n}, [n](void* p) { spare().give(static_cast<float*>(p), n); }, at::kFloat);
+}
+
+std::tuple<at::Tensor, at::Tensor> contrastive_loss_fwd(
+    const at::Tensor& x, const at::Tensor& y, const at::Tensor& logit_scale,
+    const OptTensor& positives, const OptTensor& ids_x, const OptTensor& ids_y, bool ignore,
+    bool normalize, bool want_x, bool want_y, const OptTensor& dots) {
   const at::Tensor scale = contiguous_float(logit_scale);
-  const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, ignore, normalize);
+  const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, ignore, normalize, dots);
   at::Tensor stats_x = at::empty({6, a.G, a.M}, scale.options().dtype(at::kDouble));
   at::Tensor stats_y = at::empty({6, a.G, a.N}, scale.options().dtype(at::kDouble));
   const ContrastiveStats out{stats_x.data_ptr<double>(), stats_y.data_ptr<double>(), want_x,
@@ -69,10 +114,10 @@ std::vector<at::Tensor> contrastive_loss_bwd(const at::Tensor& coef_x, const at:
                                              const at::Tensor& logit_scale,
                                              const OptTensor& positives, const OptTensor& ids_x,
                                              const OptTensor& ids_y, bool ignore, bool normalize,
-                                             std::array<bool, 3> needs) {
+                                             std::array<bool, 3> needs, const OptTensor& dots) {
   const at::Tensor scale = contiguous_float(logit_scale);
   const at::Tensor cx = contiguous_double(coef_x), cy = contiguous_double(coef_y);
-  const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, ignore, normalize);
+  const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, ignore, normalize, dots);
   check_shape(cx, {5, a.G, a.M}, "coef_x");
   check_shape(cy, {5, a.G, a.N}, "coef_y");
   FMM_CHECK(needs.size() == 3, "needs");
@@ -87,9 +132,10 @@ std::vector<at::Tensor> contrastive_loss_bwd(const at::Tensor& coef_x, const at:
 
 at::Tensor sigmoid_loss_fwd(const at::Tensor& x, const at::Tensor& y, const at::Tensor& logit_scale,
                             const at::Tensor& logit_bias, const OptTensor& positives,
-                            const OptTensor& ids_x, const OptTensor& ids_y, bool normalize) {
+                            const OptTensor& ids_x, const OptTensor& ids_y, bool normalize,
+                            const OptTensor& dots) {
   const at::Tensor scale = contiguous_float(logit_scale);
-  const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, false, normalize);
+  const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, false, normalize, dots);
   at::Tensor loss = at::empty({a.G, a.M}, scale.options());
   const SigmoidTerms out{logit_bias.item<float>(), loss.data_ptr<float>()};
   kernels().sigmoid_loss_fwd(a, out, parallel_for);
@@ -100,9 +146,10 @@ std::vector<at::Tensor> sigmoid_loss_bwd(const at::Tensor& dloss, const at::Tens
                                          const at::Tensor& y, const at::Tensor& logit_scale,
                                          const at::Tensor& logit_bias, const OptTensor& positives,
                                          const OptTensor& ids_x, const OptTensor& ids_y,
-                                         bool normalize, std::array<bool, 4> needs) {
+                                         bool normalize, std::array<bool, 4> needs,
+                                         const OptTensor& dots) {
   const at::Tensor scale = contiguous_float(logit_scale), weight = contiguous_float(dloss);
-  const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, false, normalize);
+  const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, false, normalize, dots);
   check_shape(weight, {a.G, a.M}, "dloss");
   FMM_CHECK(needs.size() == 4, "needs");
   Results out(needs);

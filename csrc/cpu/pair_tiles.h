@@ -11,6 +11,8 @@
 namespace fmm::cpu::FMM_ISA {
 
 constexpr int64_t kStrips = 16;
+constexpr int64_t kBlock64 = kBlock;
+static_assert(kDotsTile == kBlock64 * kBlock64);
 
 struct Match {
   int16_t i, j;
@@ -18,11 +20,11 @@ struct Match {
   float dot;      // raw product
 };
 
-// One tile of raw products s and what the loss functor needs to know about it.
+// One tile of raw products and what the loss functor needs to know about it.
 struct PairTile {
   int64_t g, m0, n0;
   int rows, cols, nv;
-  float* s;
+  float *dots, *s;  // products; scores, a functor's own, where products may be if nobody keeps them
   TileMask mask;
   Match* match;
   int matches;
@@ -61,7 +63,7 @@ class PairShape {
     t.matches = 0;
     auto add = [&](int i, int64_t j, bool positive) {
       t.match[t.matches++] = {static_cast<int16_t>(i), static_cast<int16_t>(j), positive,
-                              t.s[i * kBlock + j]};
+                              t.dots[i * kBlock + j]};
     };
     for (int i = 0; i < t.rows; ++i) {
       const int64_t own = a_.positives.data ? a_.positives.at(t.g, t.m0 + i) - t.n0 : -1;
@@ -87,10 +89,9 @@ class PairLoop : PairShape {
   PairLoop(const PairLoss& a, Op& op, void* dx, void* dy, ParallelFor parallel)
       : PairShape(a), op_(op), dx_(dx), dy_(dy), parallel_(parallel) {
     width_ = round_up(a.D, kLanes);
+    a_block_ = a_units<U>(kBlock, a.D);
     bt_ = bt_units<U>(kBlock, a.D);
     b_ = b_units<U>(kBlock, a.D);
-    const int64_t fit = (int64_t{1} << 20) / (4 * width_ * kBlock);
-    super_ = kBlock * std::clamp<int64_t>(fit, 1, 4);
   }
 
   void run() {
@@ -102,6 +103,7 @@ class PairLoop : PairShape {
       inverse_norms(inv_x_, a_.x, a_.M, parallel_);
       inverse_norms(inv_y_, a_.y, a_.N, parallel_);
     }
+    pack(arena);
     acc_x_ = accumulator(arena, dx_, a_.G * a_.M);
     acc_y_ = accumulator(arena, dy_, a_.G * a_.N);
     for (int64_t stage = 0; stage < strips_; ++stage) {
@@ -120,22 +122,44 @@ class PairLoop : PairShape {
 
  private:
   struct Work {
-    U *x, *x_b, *yt, *y_b, *scratch;
     PTile<U> ds;
     PairTile tile;
     typename Op::Scratch op;
   };
 
   void make_work(Work& w, Arena& arena) const {
-    w.x = arena.take<U>(a_units<U>(super_, a_.D));
-    w.x_b = dy_ ? arena.take<U>(super_ / kBlock * b_) : nullptr;
-    w.yt = arena.take<U>(bt_);
-    w.y_b = dx_ ? arena.take<U>(b_) : nullptr;
-    w.scratch = arena.take<U>(scratch_units<U>(a_.D));
     w.ds = PTile<U>::make(arena, Op::kBackward, Op::kBackward);
     w.tile.s = arena.take<float>(kBlock * kBlock);
     w.tile.match = arena.take<Match>(kBlock * kBlock);
     w.op.make(arena);
+  }
+
+  // Every block of rows once, in the forms that the products read: O((M + N) * D).
+  void pack(Arena& arena) {
+    const bool in_place = !inv_x_ && a_.x.stride[0] % kPerUnit<U> == 0 &&
+                          readable_everywhere<U>(rows_of(a_.x, 0, 0, 0), a_.D);
+    xa_ = in_place ? nullptr : arena.take<U>(a_.G * tiles_x_ * a_block_);
+    xb_ = dy_ ? arena.take<U>(a_.G * tiles_x_ * b_) : nullptr;
+    yt_ = arena.take<U>(a_.G * tiles_y_ * bt_);
+    yb_ = dx_ ? arena.take<U>(a_.G * tiles_y_ * b_) : nullptr;
+    pack_blocks(a_.x, inv_x_, a_.M, xa_, nullptr, xb_);
+    pack_blocks(a_.y, inv_y_, a_.N, nullptr, yt_, yb_);
+  }
+
+  void pack_blocks(const Tensor4& t, const float* inv, int64_t rows, U* as_a, U* as_bt,
+                   U* as_b) const {
+    const int64_t tiles = ceil_div(rows, kBlock);
+    parallel_(a_.G * tiles, [&](int64_t begin, int64_t end) {
+      U* scratch = Arena::local().take<U>(scratch_units<U>(a_.D));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t g = i / tiles, row = i % tiles * kBlock, n = std::min(kBlock64, rows - row);
+        RowSource src = rows_of(t, g, 0, row);
+        src.factor = inv ? inv + g * rows + row : nullptr;
+        if (as_a) pack_a(as_a + i * a_block_, src, n, a_.D);
+        if (as_bt) pack_b_transposed(as_bt + i * bt_, scratch, src, n, a_.D);
+        if (as_b) pack_b(as_b + i * b_, scratch, src, n, a_.D);
+      }
+    });
   }
 
   // fp32 sums of a gradient: in its own memory where layout allows, zeroed.
@@ -149,52 +173,43 @@ class PairLoop : PairShape {
     return acc;
   }
 
-  RowSource source(const Tensor4& t, const float* inv, int64_t g, int64_t row, int64_t rows) const {
-    RowSource r = rows_of(t, g, 0, row);
-    r.factor = inv ? inv + g * rows + row : nullptr;
-    return r;
-  }
-
   void block(Work& w, int64_t g, int64_t p, int64_t q) const {
     const Range xs = strip(p, tiles_x_, a_.M), ys = strip(q, tiles_y_, a_.N);
     PairTile& t = w.tile;
     t.g = g;
-    for (int64_t m0 = xs.begin; m0 < xs.end; m0 += super_) {
-      const int64_t rows = std::min(super_, xs.end - m0);
-      pack_a(w.x, source(a_.x, inv_x_, g, m0, a_.M), rows, a_.D);
-      for (int64_t r = 0; w.x_b && r < rows; r += kBlock) {
-        pack_b(w.x_b + r / kBlock * b_, w.scratch, source(a_.x, inv_x_, g, m0 + r, a_.M),
-               std::min<int64_t>(kBlock, rows - r), a_.D);
-      }
-      for (t.n0 = ys.begin; t.n0 < ys.end; t.n0 += kBlock) {
-        t.cols = static_cast<int>(std::min<int64_t>(kBlock, ys.end - t.n0));
-        t.nv = vectors(t.cols);
-        const RowSource y = source(a_.y, inv_y_, g, t.n0, a_.N);
-        pack_b_transposed(w.yt, w.scratch, y, t.cols, a_.D);
-        if (w.y_b) pack_b(w.y_b, w.scratch, y, t.cols, a_.D);
-        for (int64_t r = 0; r < rows; r += kBlock) {
-          t.m0 = m0 + r;
-          t.rows = static_cast<int>(std::min<int64_t>(kBlock, rows - r));
-          one_tile(w, r);
-        }
+    for (t.n0 = ys.begin; t.n0 < ys.end; t.n0 += kBlock) {
+      t.cols = static_cast<int>(std::min(kBlock64, ys.end - t.n0));
+      t.nv = vectors(t.cols);
+      for (t.m0 = xs.begin; t.m0 < xs.end; t.m0 += kBlock) {
+        t.rows = static_cast<int>(std::min(kBlock64, xs.end - t.m0));
+        one_tile(w);
       }
     }
   }
 
-  void one_tile(Work& w, int64_t r) const {
+  void one_tile(Work& w) const {
     PairTile& t = w.tile;
-    scores(w.x + r * units<U>(a_.D), w.yt, t.rows, t.cols, a_.D, t.s);
+    const int64_t x = t.g * tiles_x_ + t.m0 / kBlock, y = t.g * tiles_y_ + t.n0 / kBlock;
+    const U* rows =
+        xa_ ? xa_ + x * a_block_ : static_cast<const U*>(at(a_.x, a_.x.offset(t.g, 0, t.m0)));
+    const int64_t ld = xa_ ? units<U>(a_.D) : a_.x.stride[2] / kPerUnit<U>;
+    const int64_t index = x * tiles_y_ + t.n0 / kBlock;
+    const bool kept = index < a_.dots_tiles;
+    t.dots = kept ? a_.dots + index * kDotsTile : t.s;
+    if (!kept || !Op::kBackward) {
+      scores(rows, ld, yt_ + y * bt_, t.rows, t.cols, a_.D, t.dots);
+    }
     fill_mask(t.mask, {}, {}, 0, t.m0, t.n0, t.cols);
     for (int i = 0; i < t.rows; ++i) t.scale[i] = a_.row_scale(t.g, t.m0 + i);
     find_matches(t);
     op_.tile(t, w.op, w.ds);
     if constexpr (Op::kBackward) {
       if (dx_) {
-        times_rows(w.ds, t.rows, t.cols, w.y_b, t.cols, vectors(a_.D),
+        times_rows(w.ds, t.rows, t.cols, yb_ + y * b_, t.cols, vectors(a_.D),
                    acc_x_ + (t.g * a_.M + t.m0) * width_, width_);
       }
       if (dy_) {
-        times_columns(w.ds, t.rows, t.cols, w.x_b + r / kBlock * b_, t.rows, vectors(a_.D),
+        times_columns(w.ds, t.rows, t.cols, xb_ + x * b_, t.rows, vectors(a_.D),
                       acc_y_ + (t.g * a_.N + t.n0) * width_, width_);
       }
     }
@@ -225,7 +240,8 @@ class PairLoop : PairShape {
   void *dx_, *dy_;
   ParallelFor parallel_;
   float *inv_x_, *inv_y_, *acc_x_, *acc_y_;
-  int64_t width_, bt_, b_, super_;
+  U *xa_, *xb_, *yt_, *yb_;  // blocks of x and y: A operand, B operands; xa_ nullptr: x itself
+  int64_t width_, a_block_, bt_, b_;
 };
 
 // Runs Op over all tiles, in bf16 products where the machine has them.

@@ -51,10 +51,10 @@ class Forward {
       loss[at.i] += softplus(-(at.dot * t.scale[at.i] + out_.bias));
     }
     for (int i = 0; i < t.rows; ++i) {
-      float* row = t.s + i * kBlock;
       const Vec scale = splat(t.scale[i]);
       for (int v = 0; v < t.nv; ++v) {
-        store(row + v * kLanes, load(row + v * kLanes) * scale + out_.bias);
+        const int at = i * kBlock + v * kLanes;
+        store(t.s + at, load(t.dots + at) * scale + out_.bias);
       }
     }
     for (int k = 0; k < t.matches; ++k) t.s[t.match[k].i * kBlock + t.match[k].j] = -kInf;
@@ -98,7 +98,7 @@ class Backward {
       Vec along{}, total{};
       for (int v = 0; v < t.nv; ++v) {
         const int at = i * kBlock + v * kLanes;
-        const Vec dots = load(t.s + at);
+        const Vec dots = load(t.dots + at);
         Vec ds = weight * sigmoid(dots * scale + g_.bias);
         if (t.matches) ds *= load(w.live + at);
         ds = select(t.mask.columns(v), ds, Vec{});

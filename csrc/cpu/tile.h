@@ -143,6 +143,12 @@ FMM_INLINE bool readable(const RowSource& src, int64_t i, int64_t width) {
          reinterpret_cast<uintptr_t>(src.row(i)) % sizeof(U) == 0;
 }
 
+// Whether all rows of a tensor whose first row is src's are readable.
+template <class U>
+FMM_INLINE bool readable_everywhere(const RowSource& src, int64_t width) {
+  return readable<U>(src, 0, width) && src.row_stride % kPerUnit<U> == 0;
+}
+
 // A operand: dst[i][unit], contraction along the row.
 template <class U>
 void pack_a(U* dst, const RowSource& src, int64_t n, int64_t width) {
@@ -268,7 +274,10 @@ __attribute__((noinline)) void micro(int k, const U* a, ptrdiff_t lda, const U* 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
+    for (int v = 0; v < V; ++v) {
+      acc[r][v] = Vec{};
+      if (accumulate) __builtin_prefetch(c + r * ldc + v * kLanes, 1);  // rows far apart
+    }
   }
   for (int i = 0; i < k; ++i) {
     Vec bv[V];
@@ -391,11 +400,16 @@ FMM_INLINE void times_columns(const PTile<U>& p, int m, int n, const U* b, int64
   gemm<U, false>(n, nv, units<U>(m), p.tr, PTile<U>::kLd, b, units<U>(b_rows) * kPanel, c, ldc,
                  true);
 }
-// s[m][ld] = a . bt over the width.
+// s[m][kBlock] = a . bt over the width; rows of a are lda units apart.
+template <class U>
+FMM_INLINE void scores(const U* a, int64_t lda, const U* bt, int m, int n, int64_t width,
+                       float* s) {
+  const int k = units<U>(width);
+  gemm<U, true>(m, vectors(n), k, a, lda, bt, static_cast<ptrdiff_t>(k) * kPanel, s, kBlock, false);
+}
 template <class U>
 FMM_INLINE void scores(const U* a, const U* bt, int m, int n, int64_t width, float* s) {
-  const int k = units<U>(width);
-  gemm<U, true>(m, vectors(n), k, a, k, bt, static_cast<ptrdiff_t>(k) * kPanel, s, kBlock, false);
+  scores(a, units<U>(width), bt, m, n, width, s);
 }
 
 }  // namespace fmm::cpu::FMM_ISA

@@ -55,7 +55,8 @@ def contrastive_loss(
             averaged over ranks are those of one process. reduction="none" gives this rank's rows.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the first that accepts.
     Returns: scalar fp32 in nats, or (loss_x [..., M], loss_y [..., N]) with reduction="none".
-    Memory: O((M + N) * D); s is never stored.
+    Memory: O((M + N) * D). The cpu backend also keeps raw products for a backward, 64 MiB of them
+        at most, where M, N >= 1024 and D >= 256.
     Raises: ValueError, bad shape, dtype or device. TypeError, not a floating tensor.
         NotImplementedError, no backend can run it.
     Source: InfoNCE, arXiv:1807.03748; CLIP, arXiv:2103.00020.
@@ -95,7 +96,8 @@ def contrastive_loss(
         positives = pairs.default_positives(G, M, x.device)
     if exclude_self:
         y = x.detach()  # the gradient of both roles comes as that of x
-    loss_x, loss_y, stats_x, stats_y = _fwd(
+    keep = 0 if exclude_self else pairs.kept_dots(name, asked, x, y, scale)
+    loss_x, loss_y, stats_x, stats_y, _ = _fwd(
         x,
         y,
         scale,
@@ -108,6 +110,7 @@ def contrastive_loss(
         exclude_self or direction != "y",
         not exclude_self and direction != "x",
         exclude_self,
+        keep,
         name,
     )
     if exclude_self:
@@ -147,21 +150,24 @@ def _fwd(
     want_x: bool,
     want_y: bool,
     exclude_self: bool,
+    keep: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     pairs.check_positives(*pairs.range_of(positives), y.shape[1])
     module = backends.load(backend, "contrastive_loss")
+    dots = module.kept_dots(keep) if keep else x.new_empty((0,), dtype=torch.float32)
     if exclude_self:
         self_similarity.check_mutual(positives)
         stats_x = self_similarity.fwd(module, x, logit_scale, positives, ids_x, ignore, normalize)
         stats_y = torch.zeros_like(stats_x)
     else:
         stats_x, stats_y = module.fwd(
-            x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y
-        )
+            x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y,
+            *pairs.given(dots),
+        )  # fmt: skip
     loss_x = pairs.row_loss(stats_x, label_smoothing) if want_x else torch.zeros_like(stats_x[0])
     loss_y = pairs.row_loss(stats_y, label_smoothing) if want_y else torch.zeros_like(stats_y[0])
-    return loss_x.to(logit_scale.dtype), loss_y.to(logit_scale.dtype), stats_x, stats_y
+    return loss_x.to(logit_scale.dtype), loss_y.to(logit_scale.dtype), stats_x, stats_y, dots
 
 
 @_fwd.register_fake
@@ -169,7 +175,7 @@ def _(x, y, logit_scale, *rest):
     G, M, N = x.shape[0], x.shape[1], y.shape[1]
     losses = (logit_scale.new_empty((G, M)), logit_scale.new_empty((G, N)))
     stats = (x.new_empty((6, G, n), dtype=torch.float64) for n in (M, N))
-    return (*losses, *stats)
+    return (*losses, *stats, x.new_empty((rest[-2],), dtype=torch.float32))
 
 
 @op("fusedmm::contrastive_loss_bwd")
@@ -184,6 +190,7 @@ def _bwd(
     ids_y: Tensor | None,
     stats_x: Tensor,
     stats_y: Tensor,
+    dots: Tensor,
     ignore: bool,
     label_smoothing: float,
     normalize: bool,
@@ -199,8 +206,9 @@ def _bwd(
         )
     coef_y = pairs.coefficients(stats_y, dloss_y, label_smoothing)
     return module.bwd(
-        coef_x, coef_y, x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, needs
-    )
+        coef_x, coef_y, x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, needs,
+        *pairs.given(dots),
+    )  # fmt: skip
 
 
 @_bwd.register_fake
@@ -211,26 +219,28 @@ def _(dloss_x, dloss_y, x, y, logit_scale, *rest):
 
 def _setup(ctx, inputs, output) -> None:
     *tensors, ctx.ignore, ctx.label_smoothing, ctx.normalize = inputs[:9]
-    ctx.want_x, ctx.want_y, ctx.exclude_self, name = inputs[9:]
-    _, _, stats_x, stats_y = output
-    ctx.mark_non_differentiable(stats_x, stats_y)
-    ctx.backend = name
-    ctx.save_for_backward(*tensors, stats_x, stats_y)
+    ctx.want_x, ctx.want_y, ctx.exclude_self, _, ctx.backend = inputs[9:]
+    kept = output[2:]
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # zeros as large as the kept products otherwise
+    ctx.save_for_backward(*tensors, *kept)
 
 
-def _backward(ctx, dloss_x, dloss_y, _dstats_x, _dstats_y):
-    x, y, scale, positives, ids_x, ids_y, stats_x, stats_y = ctx.saved_tensors
+def _backward(ctx, dloss_x, dloss_y, *_):
+    x, y, scale, positives, ids_x, ids_y, stats_x, stats_y, dots = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    dloss_x = dloss_x if ctx.want_x else torch.zeros_like(dloss_x)
-    dloss_y = dloss_y if ctx.want_y else torch.zeros_like(dloss_y)
+    if dloss_x is None or not ctx.want_x:
+        dloss_x = scale.new_zeros(stats_x.shape[1:])
+    if dloss_y is None or not ctx.want_y:
+        dloss_y = scale.new_zeros(stats_y.shape[1:])
     grads = iter(
-        _bwd(dloss_x, dloss_y, x, y, scale, positives, ids_x, ids_y, stats_x, stats_y,
+        _bwd(dloss_x, dloss_y, x, y, scale, positives, ids_x, ids_y, stats_x, stats_y, dots,
              ctx.ignore, ctx.label_smoothing, ctx.normalize, ctx.exclude_self, needs, ctx.backend)
     )  # fmt: skip
     dx, dy, dscale = (next(grads) if n else None for n in needs)
     if dscale is not None and scale.dim() == 1:
         dscale = dscale.sum().reshape(1)
-    return dx, dy, dscale, *[None] * 10
+    return dx, dy, dscale, *[None] * 11
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)

@@ -10,6 +10,9 @@ from torch import Tensor
 from .. import check
 
 NEG_INF = float("-inf")
+TILE = 96  # rows and columns of the cpu kernels' tiles
+KEEP_BYTES = 64 << 20  # of raw products kept for a backward
+KEEP_WIDTH, KEEP_ROWS = 256, 1024  # D, M and N from which on they are kept
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
@@ -46,6 +49,25 @@ def coefficients(stats: Tensor, dloss: Tensor, label_smoothing: float) -> Tensor
     uniform = label_smoothing / n_all.clamp_min(1.0)
     single = torch.where(n_pos == 1.0, label_smoothing - torch.exp(neg - lse), 2.0)
     return torch.stack([lse, weight, target, uniform, single])
+
+
+def kept_dots(name: str, asked, *inputs: Tensor) -> int:
+    """How many raw products backend `name` leaves for the backward instead of computing them again.
+
+    The cpu kernels keep whole tiles, KEEP_BYTES at most, where reading a product costs less than D
+    multiplications; nothing if no input requires a gradient.
+    """
+    if name != "cpu" or asked.D < KEEP_WIDTH or min(asked.M, asked.N) < KEEP_ROWS:
+        return 0
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        return 0
+    tiles = asked.G * -(-asked.M // TILE) * -(-asked.N // TILE)
+    return TILE * TILE * min(tiles, KEEP_BYTES // (4 * TILE * TILE))
+
+
+def given(dots: Tensor) -> tuple[Tensor, ...]:
+    """The kept products as a backend's last argument, if there are any."""
+    return (dots,) if dots.numel() else ()
 
 
 def mean_of(loss: Tensor, n_pos: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def sigmoid_loss(
             one process. reduction="none" gives this rank's rows.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the first that accepts.
     Returns: scalar fp32 in nats per row, or the sum of each row [..., M] with reduction="none".
-    Memory: O((M + N) * D); s is never stored.
+    Memory: O((M + N) * D). The cpu backend also keeps raw products for a backward, 64 MiB of them
+        at most, where M, N >= 1024 and D >= 256.
     Raises: ValueError, bad shape, dtype or device. TypeError, not a floating tensor.
         NotImplementedError, no backend can run it.
     Source: SigLIP, arXiv:2303.15343.
@@ -75,7 +76,7 @@ def sigmoid_loss(
         )  # fmt: skip
         return loss.reshape(*lead, M) if reduction == "none" else loss
     positives = pairs.default_positives(G, M, x.device) if ids_x is None else None
-    loss = _fwd(
+    loss, _ = _fwd(
         x,
         y,
         scale,
@@ -84,6 +85,7 @@ def sigmoid_loss(
         ids_x,
         ids_y,
         normalize,
+        pairs.kept_dots(name, asked, x, y, scale, bias),
         name,
     )
     if reduction == "none":
@@ -101,16 +103,20 @@ def _fwd(
     ids_x: Tensor | None,
     ids_y: Tensor | None,
     normalize: bool,
+    keep: int,
     backend: str,
-) -> Tensor:
-    return backends.load(backend, "sigmoid_loss").fwd(
-        x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize
+) -> tuple[Tensor, Tensor]:
+    module = backends.load(backend, "sigmoid_loss")
+    dots = module.kept_dots(keep) if keep else x.new_empty((0,), dtype=torch.float32)
+    loss = module.fwd(
+        x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize, *pairs.given(dots)
     )
+    return loss, dots
 
 
 @_fwd.register_fake
 def _(x, y, logit_scale, *rest):
-    return logit_scale.new_empty(x.shape[:2])
+    return logit_scale.new_empty(x.shape[:2]), x.new_empty((rest[-2],), dtype=torch.float32)
 
 
 @op("fusedmm::sigmoid_loss_bwd")
@@ -123,13 +129,15 @@ def _bwd(
     positives: Tensor | None,
     ids_x: Tensor | None,
     ids_y: Tensor | None,
+    dots: Tensor,
     normalize: bool,
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
     return backends.load(backend, "sigmoid_loss").bwd(
-        dloss, x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize, needs
-    )
+        dloss, x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize, needs,
+        *pairs.given(dots),
+    )  # fmt: skip
 
 
 @_bwd.register_fake
@@ -140,13 +148,18 @@ def _(dloss, x, y, logit_scale, *rest):
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.normalize, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.normalize, _, ctx.backend = inputs
+    dots = output[1]
+    ctx.mark_non_differentiable(dots)
+    ctx.set_materialize_grads(False)  # zeros as large as the kept products otherwise
+    ctx.save_for_backward(*tensors, dots)
 
 
-def _backward(ctx, dloss):
+def _backward(ctx, dloss, _):
     tensors = ctx.saved_tensors
-    scale = tensors[2]
+    x, _, scale = tensors[:3]
+    if dloss is None:
+        dloss = scale.new_zeros(x.shape[:2])
     needs = list(ctx.needs_input_grad[:4])
     grads = iter(_bwd(dloss, *tensors, ctx.normalize, needs, ctx.backend))
     dx, dy, dscale, dbias = (next(grads) if n else None for n in needs)
@@ -154,7 +167,7 @@ def _backward(ctx, dloss):
         dscale = dscale.sum().reshape(1)
     if dbias is not None:
         dbias = dbias.sum().reshape(1)
-    return dx, dy, dscale, dbias, *[None] * 5
+    return dx, dy, dscale, dbias, *[None] * 6
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)

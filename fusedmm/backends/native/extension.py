@@ -26,6 +26,11 @@ def reject(problem) -> list[str]:
     return []
 
 
+def kept_dots(n: int) -> torch.Tensor:
+    """fp32 [n], not written: where a loss's forward leaves raw products for its backward."""
+    return ops.kept_dots(n)
+
+
 def isa() -> str:
     """The CPU instruction set in use: avx512bf16, avx512, avx2 or baseline."""
     return _C.cpu_isa()

@@ -16,3 +16,8 @@ def fwd(*args):
 def bwd(*args):
     """Backward, see backends/reference/sigmoid_loss.py."""
     return extension.ops.sigmoid_loss_bwd(*args)
+
+
+def kept_dots(n: int):
+    """Room for raw products, the last argument of fwd and bwd."""
+    return extension.kept_dots(n)
