@@ -191,7 +191,7 @@ class BiMultiHeadAttention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             text = y.to(dtype)
             key, value = (
-                self._heads(linear(text, m.weight.to(dtype), m.bias.to(dtype)))
+                self._heads(linear(text, (m.weight.to(dtype), m.bias.to(dtype))))
                 for m in (self.text_proj, self.values_text_proj)
             )  # [B, H, N, d]
             key = key * self.scale
@@ -218,7 +218,7 @@ class BiMultiHeadAttention(nn.Module):
                 bv = keep_x.any(-1)[:, None, None, None] * bv
             merged = (o_y + bv).transpose(1, 2).flatten(2)
             last = self.out_text_proj
-            out_y = linear(merged, last.weight.to(dtype), last.bias.to(dtype))
+            out_y = linear(merged, (last.weight.to(dtype), last.bias.to(dtype)))
         return o + self.out_vision_proj.bias.to(o.dtype), out_y.to(o.dtype)
 
     def _scores(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

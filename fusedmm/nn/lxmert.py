@@ -4,7 +4,6 @@ Parameter names are those of Transformers' LxmertCrossAttentionLayer, which serv
 with one set of weights. Masks are additive as there, or bool with True = keep.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -117,11 +116,7 @@ class LxmertCrossAttention(nn.Module):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Both directions: forward(x, y, mask_y, output_attentions), forward(y, x, mask_x)."""
         layers = (self.att.query, self.att.key, self.att.value)
-        # One product for both streams, which have one set of weights.
-        both = project(torch.cat([x, y], 1), *layers)
-        sizes = (x.shape[1], y.shape[1])
-        qkv_x, qkv_y = zip(*(self._heads(p).split(sizes, 2) for p in both), strict=True)
-        qkv = (*qkv_x, *qkv_y)
+        qkv = [self._heads(p) for t in (x, y) for p in project(t, *layers)]
         keep_x, bias_yx = keep_or_bias(mask_x, qkv[0])
         keep_y, bias_xy = keep_or_bias(mask_y, qkv[0])
         o_x, o_y = co_attention(

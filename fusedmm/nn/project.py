@@ -1,6 +1,5 @@
 """Calling projections: those that read one stream as one product, plain ones on the fast GEMM."""
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.linear import linear
@@ -15,15 +14,13 @@ def plain(layer: nn.Module) -> bool:
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """What each layer makes of x, as one product where all of them are plain and have a bias.
+    """What each of up to three layers makes of x, as one product where all are plain.
 
-        q, k, v = project(x, query, key, value)                 # linear(x, cat of weights)
+        q, k, v = project(x, query, key, value)
 
-    The weights are concatenated in the call, so parameters keep their names; others are called.
+    Parameters keep their names; a layer that is more than its weight and bias is called.
     """
-    if not all(plain(layer) and layer.bias is not None for layer in layers):
+    if not all(map(plain, layers)) or len({layer.bias is None for layer in layers}) > 1:
         return tuple(layer(x) for layer in layers)
-    if len(layers) == 1:
-        return (linear(x, layers[0].weight, layers[0].bias),)
-    weight, bias = (torch.cat([getattr(m, name) for m in layers]) for name in ("weight", "bias"))
-    return linear(x, weight, bias).split([m.out_features for m in layers], -1)
+    y = linear(x, *((layer.weight, layer.bias) for layer in layers))
+    return y.split([layer.out_features for layer in layers], -1)
