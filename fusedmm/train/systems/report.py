@@ -12,6 +12,10 @@ from torch import Tensor
 from fusedmm.train.report import STYLE, card, curves, png, table, timing_table
 from fusedmm.train.systems.base import Figure, Picture
 
+# Larger pictures than the main report's, as wide as they are.
+LARGER = """.row figure { width: auto; max-width: 260px; min-width: 112px; }
+.row figure img { width: auto; height: 104px; image-rendering: pixelated; }"""
+
 
 def outlined(image: Tensor, boxes: Sequence[tuple[tuple[float, ...], str]]) -> Tensor:
     """A copy of [3, H, W] with one-pixel frames at (x, y, w, h) in 0..1, colours "#rrggbb"."""
@@ -71,11 +75,12 @@ def render_report(
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}
+{LARGER}</style></head>
 <body><main><h1>{title}</h1>
 <p class="soft">{html.escape(metrics["about"])}. {metrics["parameters"]:,} trained parameters,
 {metrics["steps"]} steps in {metrics["train_seconds"]:.0f} s.
-{html.escape(str(machine["device"]))}, {machine["threads"]} threads, torch
+{html.escape(str(machine["device"]))}, threads: {machine["threads"]}, torch
 {html.escape(machine["torch"])}.</p>
 <div class="cards">{cards}</div>
 <section><h2>Held-out figures</h2>{table(("", "measured", "chance"), rows)}</section>
