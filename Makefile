@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-gpu lint clean bench sanitize build wheel test-previous
+.PHONY: run test test-gpu cuda lint clean bench sanitize build wheel test-previous
 
 run: build
 	$(PY) -m fusedmm run
@@ -20,10 +20,10 @@ test: lint
 	$(PY) -m pytest -q -n 2 -m "not gpu"
 
 # GPU tests: on a real GPU if there is one, else on the virtual one, as sm_80 and sm_90. Without
-# GPU_TESTS= they are the simulator's own and those of the Triton kernels; GPU_TESTS=tests adds the
+# GPU_TESTS= they are the simulator's own and those of the GPU kernels; GPU_TESTS=tests adds the
 # suites of all ops, which take far longer on the virtual GPU.
-GPU_TESTS ?= tests/vgpu tests/test_triton_gpu.py
-test-gpu: build
+GPU_TESTS ?= tests/vgpu tests/test_gpu.py
+test-gpu: build cuda
 	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS) -- $(GPU_TESTS)
 
 # Parity with the originals in the newest release of Transformers' previous major line.
@@ -35,6 +35,15 @@ test-previous: build
 # A wheel and an sdist in dist/, each installed into an empty venv and used there. Takes minutes.
 wheel: build
 	$(PY) tests/make_wheel.py $(ARGS)
+
+# The CUDA kernels beside the rest where there is an nvcc, for this GPU or as PTX for the virtual one.
+cuda: build
+	@if command -v nvcc > /dev/null; then \
+	  export FUSEDMM_CUDA=1; \
+	  $(PY) -c "import sys, torch; sys.exit(torch.cuda.is_available())" && \
+	    export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX}"; \
+	  $(PY) setup.py -q build_ext --inplace; \
+	else echo "no nvcc: the CUDA kernels are not built and not tested"; fi
 
 # ASan and UBSan on the CPU kernels, for each instruction set of this machine.
 sanitize:

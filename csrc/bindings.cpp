@@ -1,4 +1,5 @@
-// Every schema and every impl; the pybind11 module carries what is not a tensor op.
+// Every schema and the impls for CPU tensors (csrc/cuda/bindings.cpp has those for CUDA); the
+// pybind11 module carries what is not a tensor op.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -69,19 +70,9 @@ TORCH_LIBRARY_IMPL(_fusedmm_C, CPU, m) {
   FMM_IMPL(cpu, fusion_attention_fwd);
   FMM_IMPL(cpu, fusion_attention_bwd);
 }
-#if defined(FMM_WITH_CUDA)
-TORCH_LIBRARY_IMPL(_fusedmm_C, CUDA, m) { FMM_IMPLS(cuda); }
-#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedmm's native kernels: build information; ops are in torch.ops._fusedmm_C.";
-  m.def("built_with_cuda", [] {
-#if defined(FMM_WITH_CUDA)
-    return true;
-#else
-    return false;
-#endif
-  });
   m.def("cpu_isa", [] { return std::string(fmm::cpu::kernels().isa); });
   m.def("cpu_isas", [] {
     std::vector<std::string> names;

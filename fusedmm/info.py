@@ -25,6 +25,8 @@ def lines() -> list[str]:
     if extension.MISSING is None:
         isas = ", ".join(extension.isas())
         facts.append(f"cpu kernels: {extension.isa()} in use (usable here: {isas})")
+    if extension.archs():
+        facts.append(f"cuda kernels: compiled for {extension.archs()}")
     if torch.cuda.is_available():
         facts.append(f"cuda device: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     return facts + [f"backend {name}: {state(name)}" for name in dispatch.PRIORITY]

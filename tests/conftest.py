@@ -34,11 +34,15 @@ def pytest_report_header() -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrises `backend` over the backends at hand, those on "cuda" tensors marked gpu; and a
     suite's arguments over the tables in its `params`, which subclasses fill."""
+    own = {
+        name.strip()
+        for mark in metafunc.definition.iter_markers("parametrize")
+        for name in mark.args[0].split(",")
+    }
     for name, table in getattr(metafunc.cls, "params", {}).items():
-        own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
         if name in metafunc.fixturenames and name not in own:
             metafunc.parametrize(name, list(table.values()), ids=list(table))
-    if "backend" in metafunc.fixturenames:
+    if "backend" in metafunc.fixturenames and "backend" not in own:
         on_cuda = [pytest.param(name, marks=pytest.mark.gpu) for name in ON_CUDA]
         metafunc.parametrize("backend", ON_CPU + on_cuda)
 

@@ -5,7 +5,7 @@ from . import extension
 
 def reject(problem) -> list[str]:
     """Why the native kernels cannot run `problem`."""
-    return extension.reject(problem)
+    return extension.reject_attention(problem)
 
 
 def fwd(*args):

@@ -1,4 +1,8 @@
-"""Loads fusedmm._C once; without it every native kernel is refused with the reason."""
+"""Loads fusedmm._C and fusedmm._C_cuda once; a native kernel without its module is refused with
+the reason.
+"""
+
+import functools
 
 import torch
 
@@ -10,17 +14,28 @@ except ImportError as error:
     _C = None
     MISSING = f"extension not built ({error})"
 
+try:
+    from ... import _C_cuda
+
+    MISSING_CUDA = MISSING
+except ImportError as error:
+    _C_cuda = None
+    MISSING_CUDA = f"extension built without CUDA ({error})"
+
 ops = torch.ops._fusedmm_C
 
+_WIDEST = 256  # of D and Dv, on CUDA
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def reject(problem) -> list[str]:
     """Reasons that hold for every native kernel."""
-    if _C is None:
-        return [MISSING]
-    if problem.device_type == "cuda" and not _C.built_with_cuda():
-        return ["extension built without CUDA"]
+    on_cuda = problem.device_type == "cuda"
+    missing = MISSING_CUDA if on_cuda else MISSING
+    if missing:
+        return [missing]
+    if on_cuda and not _fits_device():
+        return [f"compiled for {archs()}, which this device cannot run"]
     if problem.dtype not in _DTYPES:
         return [f"{problem.dtype} not in float32, float16, bfloat16"]
     return []
@@ -31,6 +46,29 @@ def kept_dots(n: int) -> torch.Tensor:
     return ops.kept_dots(n)
 
 
+def reject_attention(problem) -> list[str]:
+    """Reasons that hold for both attentions."""
+    reasons = reject(problem)
+    widest = max(problem.x.D, problem.y.D, problem.x.Dv, problem.y.Dv)
+    if problem.device_type == "cuda" and widest > _WIDEST:
+        reasons.append(f"D or Dv of {widest} above {_WIDEST}")
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _fits_device() -> bool:
+    """Whether the current device runs code that was compiled for one of `archs`."""
+    major, minor = torch.cuda.get_device_capability()
+    for arch in archs().split():
+        built = tuple(int(n) for n in arch.removesuffix("+PTX").split("."))
+        if built[0] == major and built[1] <= minor:
+            return True
+        if arch.endswith("+PTX") and built <= (major, minor):
+            return True
+    return False
+
+
 def isa() -> str:
     """The CPU instruction set in use: avx512bf16, avx512, avx2 or baseline."""
     return _C.cpu_isa()
@@ -39,3 +77,8 @@ def isa() -> str:
 def isas() -> list[str]:
     """The CPU instruction sets this machine can run, best first."""
     return _C.cpu_isas()
+
+
+def archs() -> str:
+    """The CUDA architectures in the build, "" without CUDA kernels."""
+    return _C_cuda.archs if _C_cuda else ""

@@ -1,9 +1,10 @@
-"""What is particular to the Triton kernels, against the fp64 reference: regimes, the reference's
-own dropout mask, chunks of the losses, many heads, offsets beyond 2^31, limits.
+"""What is particular to the GPU kernels, Triton's and CUDA's, against the fp64 reference: regimes,
+the reference's own dropout mask, chunks of the losses, many heads, offsets beyond 2^31, limits.
 
-The suites in tests/test_<op>.py run on this backend as well.
+The suites in tests/test_<op>.py run on these backends as well.
 """
 
+import harness
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ triton = pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
+from fusedmm import backends, problem  # noqa: E402
 from fusedmm.backends.triton import _pairs  # noqa: E402
 from fusedmm.tuning import lookup  # noqa: E402
 
@@ -22,6 +24,21 @@ from fusedmm.tuning import lookup  # noqa: E402
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 DTYPES = list(TOLERANCE)
 SMALL = dict(num_warps=4, num_stages=1)
+
+
+def usable(op: str) -> list[str]:
+    """The GPU backends of this build that have `op`."""
+    side = problem.Side(16, 16, 64, 64)
+    if op.endswith("attention"):
+        asked = problem.AttentionProblem(op, 1, 1, side, side, torch.float32, "cuda")
+    else:
+        asked = problem.PairLossProblem(op, 1, 16, 16, 64, torch.float32, "cuda")
+    return [name for name in ("triton", "cuda") if not backends.reject(name, op, asked)]
+
+
+def on_each(*ops: str):
+    """Parametrises a test over `ops` and the backends that have them."""
+    return pytest.mark.parametrize("op, backend", [(op, b) for op in ops for b in usable(op)])
 
 
 def outcome(op, tensors, options, backend: str, device: str, dtype) -> list[Tensor]:
@@ -39,10 +56,12 @@ def outcome(op, tensors, options, backend: str, device: str, dtype) -> list[Tens
     return [t.detach().cpu().double() for t in (*outs, *grads)]
 
 
-def check(op: str, tensors: dict[str, Tensor], options: dict, dtype: torch.dtype) -> None:
-    """Triton in `dtype` against the reference in fp64 on the same numbers."""
+def check(
+    op: str, backend: str, tensors: dict[str, Tensor], options: dict, dtype: torch.dtype
+) -> None:
+    """`backend` in `dtype` against the reference in fp64 on the same numbers."""
     tensors = {k: t.to(dtype) for k, t in tensors.items()}
-    got = outcome(op, tensors, options, "triton", "cuda", dtype)
+    got = outcome(op, tensors, options, backend, "cuda", dtype)
     want = outcome(op, tensors, options, "reference", "cpu", torch.float64)
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
         same = g == w  # -inf
@@ -76,11 +95,13 @@ def masks(B: int, M: int, N: int) -> dict[str, Tensor]:
 
 
 # Whichever stream is short; one tile, three ragged tiles of 32 in several chunks, both long.
+# Compiled tiles are larger: three of them, and more keys than a resident stream may have.
 REGIMES = {
     "tiny": (36, 36),
     "y_resident": (75, 20),
     "x_resident": (20, 75),
     "long": (75, 70),
+    "longer": (140, 150),
 }
 
 
@@ -102,28 +123,28 @@ def small_tiles():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("op", ["bi_attention", "co_attention"])
-def test_everything_at_once(op, regime, dtype, small_tiles):
+@on_each("bi_attention", "co_attention")
+def test_everything_at_once(op, backend, regime, dtype, small_tiles):
     """Masks, a broadcast bias, the clamp, the reference's dropout, D != Dv, lse."""
     M, N = REGIMES[regime]
     options = dict(return_lse=True, dropout_p=0.3, scale=0.4, **masks(2, M, N))
     if op == "bi_attention":
         options["clamp"] = 1.5
-    check(op, streams(op, 2, 2, M, N, 24, 40, 16, bias=(1, 1, 0, 1)), options, dtype)
+    check(op, backend, streams(op, 2, 2, M, N, 24, 40, 16, bias=(1, 1, 0, 1)), options, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("op", ["bi_attention", "co_attention"])
-def test_nothing_at_all(op, regime, dtype):
+@on_each("bi_attention", "co_attention")
+def test_nothing_at_all(op, backend, regime, dtype):
     M, N = REGIMES[regime]
-    check(op, streams(op, 1, 2, 2 * M, 2 * N, 64, 64, 64), dict(return_lse=True), dtype)
+    check(op, backend, streams(op, 1, 2, 2 * M, 2 * N, 64, 64, 64), dict(return_lse=True), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", ["contrastive_loss", "sigmoid_loss"])
+@on_each("contrastive_loss", "sigmoid_loss")
 @pytest.mark.parametrize("workspace", [1, 2**20], ids=["chunks", "whole"])
-def test_losses_in_chunks(op, workspace, dtype, monkeypatch, small_tiles):
+def test_losses_in_chunks(op, backend, workspace, dtype, monkeypatch, small_tiles):
     """Chunks of one tile's rows give what one chunk gives; both L2-normalise."""
     monkeypatch.setattr(_pairs, "WORKSPACE", workspace)
     tensors = dict(x=randn(2, 75, 40, seed=1), y=randn(2, 75, 40, seed=2))
@@ -131,26 +152,29 @@ def test_losses_in_chunks(op, workspace, dtype, monkeypatch, small_tiles):
     if op == "sigmoid_loss":
         options["logit_bias"] = -2.0
     for normalize in (False, True):
-        check(op, tensors, options | dict(normalize=normalize), dtype)
+        check(op, backend, tensors, options | dict(normalize=normalize), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_deterministic_across_chunks(dtype, small_tiles):
-    tensors = streams("bi_attention", 1, 1, 150, 30, 32, 32, 32)
-    first, again = (outcome("bi_attention", tensors, {}, "triton", "cuda", dtype) for _ in range(2))
+@on_each("bi_attention")
+def test_deterministic_across_chunks(op, backend, dtype, small_tiles):
+    tensors = streams(op, 1, 1, 150, 30, 32, 32, 32)
+    first, again = (outcome(op, tensors, {}, backend, "cuda", dtype) for _ in range(2))
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.slow
-def test_more_heads_than_a_grid_axis_holds():
-    tensors = {k: t.bfloat16() for k, t in streams("bi_attention", 65537, 1, 1, 2, 8, 8, 8).items()}
-    o_x, _ = fusedmm.bi_attention(*(t.cuda() for t in tensors.values()), backend="triton")
+@on_each("bi_attention")
+def test_more_heads_than_a_grid_axis_holds(op, backend):
+    tensors = {k: t.bfloat16() for k, t in streams(op, 65537, 1, 1, 2, 8, 8, 8).items()}
+    o_x, _ = fusedmm.bi_attention(*(t.cuda() for t in tensors.values()), backend=backend)
     want, _ = fusedmm.bi_attention(*tensors.values(), backend="reference")
     torch.testing.assert_close(o_x.cpu(), want, atol=4e-2, rtol=0)
 
 
-def test_offsets_beyond_int32():
+@on_each("bi_attention")
+def test_offsets_beyond_int32(op, backend):
     """Rows 2^31 elements apart."""
     stride = 2**31 // 16 + 64
     try:
@@ -159,19 +183,29 @@ def test_offsets_beyond_int32():
         pytest.skip("needs 4.6 GB of device memory")
     q = wide.as_strided((1, 1, 17, 16), (0, 0, stride, 1))
     q.copy_(randn(1, 1, 17, 16, seed=1))
-    got = fusedmm.bi_attention(q, q, q, q, backend="triton")
-    want = fusedmm.bi_attention(*[q.contiguous()] * 4, backend="triton")
+    got = fusedmm.bi_attention(q, q, q, q, backend=backend)
+    want = fusedmm.bi_attention(*[q.contiguous()] * 4, backend=backend)
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g, w)
 
 
-def test_limits_are_named():
+@on_each("bi_attention", "co_attention")
+def test_limits_are_named(op, backend):
     x = torch.zeros(1, 1, 4, 300, device="cuda")
-    with pytest.raises(NotImplementedError, match="triton: D or Dv of 300 above 256"):
-        fusedmm.bi_attention(x, x, x, x, backend="triton")
+    count = 4 if op == "bi_attention" else 6
+    with pytest.raises(NotImplementedError, match=f"{backend}: D or Dv of 300 above 256"):
+        getattr(fusedmm, op)(*[x] * count, backend=backend)
     x = x[..., :8].double()
     with pytest.raises(NotImplementedError, match="float64 not in float32, float16, bfloat16"):
-        fusedmm.bi_attention(x, x, x, x, backend="triton")
+        getattr(fusedmm, op)(*[x] * count, backend=backend)
+
+
+def test_compiled_kernels_come_first():
+    x = torch.randn(1, 1, 20, 16, device="cuda")
+    want = usable("bi_attention")[-1]
+    with harness.recorded("bi_attention") as calls:
+        fusedmm.bi_attention(x, x, x, x)
+    assert calls["_fwd"][-1] == want
 
 
 def test_tables_have_every_kernel():

@@ -1,0 +1,285 @@
+// Backward of attention where a block owns rows of one stream and walks the other: co_attention's
+// dq (row softmax) and dk, dv (column softmax), and bi_attention's dqk and dv of either stream
+// where both are long (both softmaxes, s and ds shared). Deterministic: nothing is summed across
+// blocks.
+#include "attention_kernels.h"
+#include "ds.cuh"
+#include "tuning.h"
+
+namespace fmm::cuda {
+namespace {
+
+// Statistics of 16 rows of pair[.].a a block, see Stats; rows past the end get harmless ones.
+template <typename T>
+__global__ void __launch_bounds__(128) delta_kernel(const __grid_constant__ Attention all) {
+  __shared__ float most[4];
+  const int side = blockIdx.x < all.first ? 0 : 1;
+  const Pair& p = all.pair[side];
+  const Stats& st = p.a.stats;
+  const int64_t pid = blockIdx.x - (side ? all.first : 0), tiles = st.padded / 16;
+  const int64_t head = pid / tiles, b = head / all.H, h = head % all.H;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float centre = centre_of(p, head);
+  const Matrix<T> o(p.a.o_in, b, h, p.a.rows, p.a.width_o), g(p.a.d_o, b, h, p.a.rows, p.a.width_o);
+  float far = 0.0f;
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = pid % tiles * 16 + warp * 4 + i;
+    float sum = 0.0f, hi = centre, lo = 0.0f;
+    if (row < p.a.rows) {
+      for (int d = lane; d < p.a.width_o; d += 32) {
+        sum += static_cast<float>(o.data[row * o.stride_m + d * o.stride_d]) *
+               static_cast<float>(g.data[row * g.stride_m + d * g.stride_d]);
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      const double lse = p.a.lse[head * p.a.rows + row] / kLn2;
+      sum -= p.a.dlse[head * p.a.rows + row];
+      if (lse != -kInf) hi = static_cast<float>(lse), lo = static_cast<float>(lse - hi);
+    }
+    const float c = 0.5f * (hi + centre), half = c - centre;
+    far = fmaxf(far, fabsf(half) <= 1e30f ? fabsf(half) : kInf);
+    const float values[kStats] = {hi, lo, sum, half, exp2f(half), exp2f(c - hi - lo)};
+    if (lane == 0) {
+#pragma unroll
+      for (int k = 0; k < kStats; ++k) {
+        st.data[(k * all.B * all.H + head) * st.padded + row] = values[k];
+      }
+    }
+  }
+  if (lane == 0) most[warp] = far;
+  __syncthreads();  // orders each warp's maximum before their joint one
+  if (threadIdx.x == 0) {
+    st.far[pid] = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+  }
+}
+
+// Shared memory of a block: a's tiles, then per stage b's tiles; then per stage b's statistics.
+template <bool kRow, bool kCol, typename T, int kWidth, typename S>
+struct Layout {
+  static constexpr int kEach = 1 + kRow + kCol;
+  static constexpr uint32_t kOwn = S::kRows * kWidth * sizeof(T);
+  static constexpr uint32_t kWalked = S::kCols * kWidth * sizeof(T);
+  static constexpr uint32_t kStat = kStats * S::kCols * sizeof(float);
+  static constexpr uint32_t kTileBytes = kEach * (kOwn + S::kStages * kWalked);
+  static constexpr uint32_t kBytes = kTileBytes + S::kStages * kStat;
+
+  static __device__ Tiles<T, kWidth> own(uint32_t base) {
+    return {{base}, {base + kCol * kOwn}, {base + (kEach - 1) * kOwn}};
+  }
+  // b's v serves the row softmax, its d_o the column softmax.
+  static __device__ Tiles<T, kWidth> walked(uint32_t base, int stage) {
+    const uint32_t at = base + kEach * (kOwn + stage * kWalked);
+    return {{at}, {at + kRow * kWalked}, {at + (kEach - 1) * kWalked}};
+  }
+  static __device__ uint32_t stats(uint32_t base, int stage) {
+    return base + kTileBytes + stage * kStat;
+  }
+};
+
+// Loads what `other`'s softmaxes need of kRows rows of a stream.
+template <int kRows, int kThreads, bool kV, bool kGrad, typename T, int kWidth>
+__device__ inline void load_tiles(const Tiles<T, kWidth>& t, const Stream& s, int64_t width,
+                                  int64_t b, int64_t h, int row0) {
+  load_tile<kRows, kThreads>(t.qk, Matrix<T>(s.qk, b, h, s.rows, width), row0, Keep());
+  if constexpr (kV) {
+    const Matrix<T> v(s.v, b, h, s.rows, s.width_v);
+    load_tile<kRows, kThreads>(t.v, v, row0, Keep(s.keep, b));
+  }
+  if constexpr (kGrad) {
+    const Matrix<T> d_o(s.d_o, b, h, s.rows, s.width_o);
+    load_tile<kRows, kThreads>(t.d_o, d_o, row0, Keep());
+  }
+}
+
+template <bool kRow, bool kCol, typename T, int kWidth>
+__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads)
+    owner_bwd_kernel(const __grid_constant__ Attention all) {
+  using S = OwnerBwd<sizeof(T), kWidth>;
+  using L = Layout<kRow, kCol, T, kWidth, S>;
+  constexpr int kNT = S::kNT, kDT = kWidth / 8 / S::kSplit;
+  static_assert(S::kMT == 1);
+  extern __shared__ __align__(1024) char smem[];
+  const int side = blockIdx.x < all.first ? 0 : 1;
+  const Pair& p = all.pair[side];
+  const int64_t pid = blockIdx.x - (side ? all.first : 0);
+  const int64_t tiles = ceil_div(p.a.rows, S::kRows), heads = all.B * all.H;
+  const int64_t head = pid / tiles, b = head / all.H, h = head % all.H;
+  const int m0 = static_cast<int>(pid % tiles) * S::kRows, warp = threadIdx.x / 32;
+  const int row0 = warp / S::kSplit * 16, col0 = warp % S::kSplit * 8 * kDT;
+  const uint32_t base = shared_address(smem);
+  const Tiles<T, kWidth> own = L::own(base);
+  const float centre = centre_of(p, head);
+
+  load_tiles<S::kRows, S::kThreads, kCol, kRow>(own, p.a, p.width, b, h, m0);
+  const RowStats stats(p.a, Keep(p.a.keep, b), head, m0 + row0, centre, heads);
+  float dqk[1][kDT][4], dv[1][kDT][4];
+  clear(dqk);
+  clear(dv);
+  const auto load = [&](int j, int stage) {
+    const Tiles<T, kWidth> t = L::walked(base, stage);
+    load_tiles<S::kCols, S::kThreads, kRow, kCol>(t, p.b, p.width, b, h, j * S::kCols);
+    if constexpr (kCol) {
+      const uint32_t to = L::stats(base, stage);
+      load_stats<S::kCols, S::kThreads>(to, p.b, head, j * S::kCols, heads);
+    }
+  };
+  walk<S::kStages>(static_cast<int>(ceil_div(p.b.rows, S::kCols)), load, [&](int j, int stage) {
+    const Tiles<T, kWidth> other = L::walked(base, stage);
+    float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
+    uint64_t passes[1];
+    ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, b, h, own, other, L::stats(base, stage),
+                        stats, centre, row0, m0 + row0, j * S::kCols);
+    if (!p.plain) {
+#pragma unroll
+      for (int i = 0; i < kNT * 4; ++i) {
+        ds[0][i / 4][i % 4] = gate(passes[0], i, ds[0][i / 4][i % 4]);
+      }
+    }
+    dot_regs(dqk, ds, other.qk, col0);
+    if constexpr (kCol) dot_regs(dv, pf_col, other.d_o, col0);
+  });
+
+  __syncthreads();  // orders the last reads of a's tiles before the results that take their place
+  const Tile<T, 8 * kDT> room{base + warp * 16 * 8 * kDT * static_cast<uint32_t>(sizeof(T))};
+  if (p.a.dqk) {
+#pragma unroll
+    for (int i = 0; i < 4 * kDT; ++i) dqk[0][i / 4][i % 4] *= p.scale;
+    T* out = static_cast<T*>(p.a.dqk) + head * p.a.rows * p.width;
+    store_tile<T>(out, m0 + row0, p.a.rows, static_cast<int>(p.width), col0, dqk[0], room);
+  }
+  if (kCol && p.a.dv) {
+#pragma unroll
+    for (int i = 0; i < 4 * kDT; ++i) {
+      if (!stats.keep[i % 4 / 2]) dv[0][i / 4][i % 4] = 0.0f;
+    }
+    T* out = static_cast<T*>(p.a.dv) + head * p.a.rows * p.a.width_v;
+    store_tile<T>(out, m0 + row0, p.a.rows, static_cast<int>(p.a.width_v), col0, dv[0], room);
+  }
+}
+
+// A block owns one tile of the bias's gradient and adds, in a fixed order, all of ds that falls on
+// it.
+template <bool kRow, bool kCol, typename T, int kWidth>
+__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads)
+    dbias_kernel(const __grid_constant__ BiasGrad grad) {
+  using S = OwnerBwd<sizeof(T), kWidth>;
+  using L = Layout<kRow, kCol, T, kWidth, S>;
+  constexpr int kNT = S::kNT, kPitch = S::kCols + 1;
+  static_assert(S::kRows * kPitch * sizeof(float) <= L::kBytes);
+  extern __shared__ __align__(1024) char smem[];
+  const Attention& all = grad.all;
+  const Pair& p = all.pair[0];
+  const int64_t heads = all.B * all.H;
+  const int64_t tiles_m = ceil_div(grad.sizes[2], S::kRows);
+  const int64_t tiles_n = ceil_div(grad.sizes[3], S::kCols);
+  const int tile_n = static_cast<int>(blockIdx.x % tiles_n);
+  const int tile_m = static_cast<int>(blockIdx.x / tiles_n % tiles_m);
+  const int64_t slot = blockIdx.x / (tiles_n * tiles_m);
+  const bool one_m = grad.sizes[2] == 1, one_n = grad.sizes[3] == 1;
+  const int end_m = one_m ? static_cast<int>(p.a.rows) : (tile_m + 1) * S::kRows;
+  const int end_n = one_n ? static_cast<int>(p.b.rows) : (tile_n + 1) * S::kCols;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = warp / S::kSplit * 16;
+  const uint32_t base = shared_address(smem);
+  const Tiles<T, kWidth> own = L::own(base), other = L::walked(base, 0);
+  float acc[1][kNT][4];
+  clear(acc);
+  for (int64_t b = slot / grad.sizes[1]; b < all.B; b += grad.sizes[0]) {
+    for (int64_t h = slot % grad.sizes[1]; h < all.H; h += grad.sizes[1]) {
+      const int64_t head = b * all.H + h;
+      const float centre = centre_of(p, head);
+      for (int m0 = tile_m * S::kRows; m0 < end_m; m0 += S::kRows) {
+        const RowStats stats(p.a, Keep(p.a.keep, b), head, m0 + row0, centre, heads);
+        for (int n0 = tile_n * S::kCols; n0 < end_n; n0 += S::kCols) {
+          __syncthreads();  // orders the reads of the tile before its overwriting
+          load_tiles<S::kRows, S::kThreads, kCol, kRow>(own, p.a, p.width, b, h, m0);
+          load_tiles<S::kCols, S::kThreads, kRow, kCol>(other, p.b, p.width, b, h, n0);
+          if constexpr (kCol) {
+            load_stats<S::kCols, S::kThreads>(L::stats(base, 0), p.b, head, n0, heads);
+          }
+          asm volatile("cp.async.wait_all;" ::: "memory");
+          __syncthreads();  // orders the writes of the tile before its reads
+          float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
+          uint64_t passes[1];
+          ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, b, h, own, other,
+                              L::stats(base, 0), stats, centre, row0, m0 + row0, n0);
+#pragma unroll
+          for (int i = 0; i < kNT * 4; ++i) {
+            if (m0 + row0 + lane / 4 + i % 4 / 2 * 8 < p.a.rows) {
+              acc[0][i / 4][i % 4] += ds[0][i / 4][i % 4];
+            }
+          }
+        }
+      }
+    }
+  }
+  __syncthreads();  // orders the last reads of the tiles before the sums that take their place
+  float* sums = reinterpret_cast<float*>(smem);
+  if (warp % S::kSplit == 0) {
+#pragma unroll
+    for (int i = 0; i < kNT * 4; ++i) {
+      const int row = row0 + lane / 4 + i % 4 / 2 * 8, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      sums[row * kPitch + col] = acc[0][i / 4][i % 4];
+    }
+  }
+  __syncthreads();  // orders the sums before their reads
+  const int rows = one_m ? 1 : S::kRows, cols = one_n ? 1 : S::kCols;
+  for (int i = threadIdx.x; i < rows * cols; i += S::kThreads) {
+    const int row = i / cols, col = i % cols;
+    double sum = 0.0;
+    for (int r = row; r < (one_m ? S::kRows : row + 1); ++r) {
+      for (int c = col; c < (one_n ? S::kCols : col + 1); ++c) sum += sums[r * kPitch + c];
+    }
+    const int64_t m = tile_m * S::kRows + row, n = tile_n * S::kCols + col;
+    if (m < grad.sizes[2] && n < grad.sizes[3]) {
+      grad.db[(slot * grad.sizes[2] + m) * grad.sizes[3] + n] = static_cast<float>(sum);
+    }
+  }
+}
+
+template <bool kRow, bool kCol, typename T, int kWidth>
+Kernel kernel(const void* function) {
+  using S = OwnerBwd<sizeof(T), kWidth>;
+  return {function, S::kRows, S::kCols, S::kThreads, Layout<kRow, kCol, T, kWidth, S>::kBytes};
+}
+
+}  // namespace
+
+Kernel delta(DType dtype) {
+  return pick(dtype, 32, [](auto type, auto) {
+    using T = typename decltype(type)::Type;
+    return Kernel{reinterpret_cast<const void*>(&delta_kernel<T>), 16, 0, 128, 0};
+  });
+}
+
+Kernel owner_bwd(DType dtype, int width, Softmax which) {
+  return pick(dtype, width, [which](auto type, auto w) {
+    using T = typename decltype(type)::Type;
+    constexpr int kW = w;
+    switch (which) {
+      case Softmax::kRow:
+        return kernel<true, false, T, kW>(
+            reinterpret_cast<const void*>(&owner_bwd_kernel<true, false, T, kW>));
+      case Softmax::kColumn:
+        return kernel<false, true, T, kW>(
+            reinterpret_cast<const void*>(&owner_bwd_kernel<false, true, T, kW>));
+      default:
+        return kernel<true, true, T, kW>(
+            reinterpret_cast<const void*>(&owner_bwd_kernel<true, true, T, kW>));
+    }
+  });
+}
+
+Kernel dbias(DType dtype, int width, Softmax which) {
+  return pick(dtype, width, [which](auto type, auto w) {
+    using T = typename decltype(type)::Type;
+    constexpr int kW = w;
+    if (which == Softmax::kRow) {
+      return kernel<true, false, T, kW>(
+          reinterpret_cast<const void*>(&dbias_kernel<true, false, T, kW>));
+    }
+    return kernel<true, true, T, kW>(
+        reinterpret_cast<const void*>(&dbias_kernel<true, true, T, kW>));
+  });
+}
+
+}  // namespace fmm::cuda

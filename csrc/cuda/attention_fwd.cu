@@ -1,0 +1,140 @@
+// Forward of one softmax direction: o = softmax(s, keys) @ v and lse in one walk over the keys, for
+// both directions of a call in one launch. Serves co_attention, and bi_attention where both streams
+// are long.
+#include "attention_kernels.h"
+#include "softmax.cuh"
+#include "tuning.h"
+
+namespace fmm::cuda {
+namespace {
+
+template <typename T, int kWidth>
+constexpr int smem_bytes() {
+  using S = AttendFwd<sizeof(T), kWidth>;
+  return (S::kRows + 2 * S::kStages * S::kCols) * kWidth * static_cast<int>(sizeof(T));
+}
+
+// A block owns kRows queries of one head and walks the keys; p stays in registers.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads)
+    attend_fwd_kernel(const __grid_constant__ Attention all) {
+  using S = AttendFwd<sizeof(T), kWidth>;
+  constexpr int kMT = S::kMT, kNT = S::kNT, kDT = kWidth / 8 / S::kSplit;
+  extern __shared__ __align__(1024) char smem[];
+  const int side = blockIdx.x < all.first ? 0 : 1;
+  const Pair& p = all.pair[side];
+  const int64_t pid = blockIdx.x - (side ? all.first : 0);
+  const int64_t tiles = ceil_div(p.a.rows, S::kRows);
+  const int64_t head = pid / tiles, b = head / all.H, h = head % all.H;
+  const int m0 = static_cast<int>(pid % tiles) * S::kRows;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row0 = warp / S::kSplit * 16 * kMT, col0 = warp % S::kSplit * 8 * kDT;
+
+  constexpr uint32_t kTileBytes = S::kCols * kWidth * sizeof(T);
+  const Tile<T, kWidth> q{shared_address(smem)};
+  const uint32_t stages = q.base + S::kRows * kWidth * sizeof(T);
+  const Matrix<T> qs(p.a.qk, b, h, p.a.rows, p.width), ks(p.b.qk, b, h, p.b.rows, p.width);
+  const Matrix<T> vs(p.b.v, b, h, p.b.rows, p.b.width_v);
+  const Keep keep(p.b.keep, b);
+  const float unit = unit_of(p);
+
+  float o[kMT][kDT][4], top[kMT][2], total[kMT][2];
+  clear(o);
+#pragma unroll
+  for (int i = 0; i < 2 * kMT; ++i) top[i / 2][i % 2] = -kInf, total[i / 2][i % 2] = 0.0f;
+
+  load_tile<S::kRows, S::kThreads>(q, qs, m0, Keep());
+  const auto load = [&](int j, int stage) {
+    const Tile<T, kWidth> k{stages + 2 * stage * kTileBytes}, v{k.base + kTileBytes};
+    load_tile<S::kCols, S::kThreads>(k, ks, j * S::kCols, keep);
+    load_tile<S::kCols, S::kThreads>(v, vs, j * S::kCols, keep);
+  };
+  walk<S::kStages>(static_cast<int>(ceil_div(p.b.rows, S::kCols)), load, [&](int j, int stage) {
+    const Tile<T, kWidth> k{stages + 2 * stage * kTileBytes}, v{k.base + kTileBytes};
+    const int n0 = j * S::kCols;
+    float s[kMT][kNT][4];
+    clear(s);
+    dot_tile(s, q, row0, k);
+    uint64_t passes[kMT];
+    s_tile(s, p, b, h, m0 + row0, n0, passes);
+    const ColumnBits<kNT> kept(keep, n0, p.b.rows);
+    if (!kept.all) {
+#pragma unroll
+      for (int m = 0; m < kMT; ++m) {
+#pragma unroll
+        for (int i = 0; i < kNT * 4; ++i) {
+          if (!kept.has(i / 4, i % 4)) s[m][i / 4][i % 4] = -kInf;
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kMT; ++m) {
+      float alpha[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float most = top[m][r];
+#pragma unroll
+        for (int n = 0; n < kNT; ++n) most = fmaxf(most, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+        most = quad_max(most);
+        const float safe = finite_or(most, 0.0f), shift = -safe * unit;
+        alpha[r] = exp2_fast((top[m][r] - safe) * unit);
+        top[m][r] = most;
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 2 * kNT; ++i) {
+          float& x = s[m][i / 2][2 * r + i % 2];
+          x = exp2_fast(fmaf(x, unit, shift));
+          sum += x;
+        }
+        total[m][r] = total[m][r] * alpha[r] + sum;
+      }
+      if (__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) {
+#pragma unroll
+        for (int i = 0; i < 4 * kDT; ++i) o[m][i / 4][i % 4] *= alpha[i % 4 / 2];
+      }
+    }
+    if (all.dropout.on) {
+      uint64_t on[kMT];
+      drop_bits<kMT, kNT>(on, all.dropout, p.drop_a, p.flip, head, m0 + row0, n0);
+#pragma unroll
+      for (int m = 0; m < kMT; ++m) drop_tile(s[m], on[m], all.dropout.factor);
+    }
+    dot_regs(o, s, v, col0);
+  });
+
+  __syncthreads();  // orders the last reads of q before the results that take its place
+  T* out = static_cast<T*>(p.a.o) + head * p.a.rows * p.a.width_o;
+  const Tile<T, 8 * kDT> room{q.base + warp * 16 * 8 * kDT * static_cast<uint32_t>(sizeof(T))};
+#pragma unroll
+  for (int m = 0; m < kMT; ++m) {
+    const int first = m0 + row0 + 16 * m;
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = quad_sum(total[m][r]);
+      factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const int row = first + lane / 4 + 8 * r;
+      if (lane % 4 == 0 && col0 == 0 && row < p.a.rows) {
+        // The exponents' own shift, so that the backward's exp(s - lse) repeats these numbers.
+        const double lse2 = static_cast<double>(finite_or(top[m][r], 0.0f) * unit) + log2f(sum);
+        p.a.lse[head * p.a.rows + row] = sum == 0.0f ? -kInf : lse2 * kLn2;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kDT; ++i) o[m][i / 4][i % 4] *= factor[i % 4 / 2];
+    store_tile<T>(out, first, p.a.rows, static_cast<int>(p.a.width_o), col0, o[m], room);
+  }
+}
+
+}  // namespace
+
+Kernel attend_fwd(DType dtype, int width) {
+  return pick(dtype, width, [](auto type, auto w) {
+    using T = typename decltype(type)::Type;
+    using S = AttendFwd<sizeof(T), w>;
+    return Kernel{reinterpret_cast<const void*>(&attend_fwd_kernel<T, w>), S::kRows, S::kCols,
+                  S::kThreads, smem_bytes<T, w>()};
+  });
+}
+
+}  // namespace fmm::cuda

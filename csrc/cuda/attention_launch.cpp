@@ -1,0 +1,259 @@
+// co_attention and bi_attention on CUDA tensors: allocates results, fills Params, launches.
+#include <limits>
+
+#include "../common/launch.h"
+#include "../common/torch_params.h"
+#include "../ops.h"
+#include "attention_kernels.h"
+
+namespace fmm::cuda {
+namespace {
+
+Strided strided(const at::Tensor& t) {
+  Strided r;
+  static_cast<Tensor4&>(r) = tensor4(t);
+  const int64_t size = t.element_size();
+  r.vectors = r.stride[3] == 1 && reinterpret_cast<uintptr_t>(r.data) % 16 == 0;
+  for (int d = 0; d < 3; ++d) r.vectors = r.vectors && r.stride[d] * size % 16 == 0;
+  return r;
+}
+
+// Queries `q` of a look at keys and values of b.
+Pair make_pair(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptTensor& mask,
+               const OptTensor& bias, at::Tensor& hold, std::optional<double> clamp, double scale,
+               const char* name) {
+  FMM_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, name, ": expected 4 dimensions");
+  Pair p;
+  const int64_t B = q.size(0), H = q.size(1), N = k.size(2);
+  p.a.rows = q.size(2), p.b.rows = N, p.width = q.size(3);
+  p.b.width_v = p.a.width_o = v.size(3);
+  check_shape(k, {B, H, N, p.width}, name);
+  check_shape(v, {B, H, N, v.size(3)}, name);
+  for (const at::Tensor& t : {k, v}) {
+    FMM_CHECK(t.scalar_type() == q.scalar_type() && t.device() == q.device(), name,
+              ": dtype or device");
+  }
+  FMM_CHECK(p.width <= 256 && v.size(3) <= 256, name, ": widths above 256");
+  for (int64_t rows : {p.a.rows, p.b.rows}) FMM_CHECK(rows < (1 << 30), name, ": too long");
+  p.a.qk = strided(q), p.b.qk = strided(k), p.b.v = strided(v);
+  p.b.keep = key_mask(mask, {B, N}, name);
+  p.bias = bias4(bias, {B, H, p.a.rows, N}, hold);
+  p.scale = static_cast<float>(scale);
+  p.clamp = clamp ? static_cast<float>(*clamp) : std::numeric_limits<float>::infinity();
+  p.plain = !clamp && !bias && scale > 0.0;
+  return p;
+}
+
+int width_of(const Attention& all) {
+  int64_t widest = 1;
+  for (const Pair& p : all.pair) {
+    widest = std::max({widest, p.width, p.a.width_o, p.b.width_v, p.b.width_o, p.a.width_v});
+  }
+  return padded_width(widest);
+}
+
+at::Tensor output(const at::Tensor& like, int64_t rows, int64_t width) {
+  return at::empty({like.size(0), like.size(1), rows, width}, like.options());
+}
+at::Tensor lse_of(const at::Tensor& like) {
+  return at::empty({like.size(0), like.size(1), like.size(2)}, like.options().dtype(at::kDouble));
+}
+
+// One block a tile of rows of `a`, of both pairs.
+int64_t row_programs(Attention& all, int rows) {
+  const auto tiles = [&](const Pair& p) { return all.B * all.H * ((p.a.rows + rows - 1) / rows); };
+  all.first = tiles(all.pair[0]);
+  return all.first + tiles(all.pair[1]);
+}
+
+void launch_fwd(Attention& all, const at::Tensor& on) {
+  const Kernel k = attend_fwd(dtype_of(on), width_of(all));
+  launch(k.function, row_programs(all, k.rows), k.threads, k.smem, all, on);
+}
+
+Attention bi(const at::Tensor& qk_x, const at::Tensor& qk_y, const at::Tensor& v_x,
+             const at::Tensor& v_y, const OptTensor& mask_x, const OptTensor& mask_y,
+             const OptTensor& bias, at::Tensor& hold, std::optional<double> clamp, double scale,
+             double dropout_p, const OptTensor& seed) {
+  Attention all;
+  all.B = qk_x.size(0), all.H = qk_x.size(1);
+  Pair p = make_pair(qk_x, qk_y, v_y, mask_y, bias, hold, clamp, scale, "bi_attention");
+  check_shape(v_x, {all.B, all.H, p.a.rows, v_x.size(3)}, "v_x");
+  FMM_CHECK(v_x.scalar_type() == qk_x.scalar_type() && v_x.size(3) <= 256, "v_x");
+  p.a.v = strided(v_x), p.a.width_v = p.b.width_o = v_x.size(3);
+  p.a.keep = key_mask(mask_x, {all.B, p.a.rows}, "mask_x");
+  all.pair[0] = p;
+  all.dropout = dropout(seed, dropout_p);
+  return all;
+}
+
+// x looks at y in pair[0], y at x in pair[1].
+Attention co(const at::Tensor& q_x, const at::Tensor& k_x, const at::Tensor& v_x,
+             const at::Tensor& q_y, const at::Tensor& k_y, const at::Tensor& v_y,
+             const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias_xy,
+             const OptTensor& bias_yx, at::Tensor (&hold)[2], double scale_x, double scale_y,
+             double dropout_p, const OptTensor& seed) {
+  Attention all;
+  all.B = q_x.size(0), all.H = q_x.size(1);
+  const char* name = "co_attention";
+  all.pair[0] = make_pair(q_x, k_y, v_y, mask_y, bias_xy, hold[0], {}, scale_x, name);
+  all.pair[1] = make_pair(q_y, k_x, v_x, mask_x, bias_yx, hold[1], {}, scale_y, name);
+  all.pair[1].drop_a = 1, all.pair[1].drop_b = 0;
+  all.dropout = dropout(seed, dropout_p);
+  return all;
+}
+
+// What the backward reads of a stream whose tokens were queries; keeps converted copies.
+struct Upstream {
+  at::Tensor lse, dlse, stats, far;
+
+  Upstream(Stream& s, const at::Tensor& d_o, const at::Tensor& o, const at::Tensor& lse_in,
+           const at::Tensor& dlse_in, const char* name) {
+    const int64_t B = d_o.size(0), H = d_o.size(1);
+    check_shape(d_o, {B, H, s.rows, s.width_o}, name);
+    check_shape(o, d_o.sizes(), name);
+    for (const at::Tensor& t : {lse_in, dlse_in}) check_shape(t, {B, H, s.rows}, name);
+    FMM_CHECK(d_o.scalar_type() == o.scalar_type(), name, ": dtype");
+    lse = contiguous_double(lse_in), dlse = contiguous_float(dlse_in);
+    s.d_o = strided(d_o), s.o_in = strided(o);
+    s.lse = lse.data_ptr<double>(), s.dlse = dlse.const_data_ptr<float>();
+    s.stats.padded = (s.rows + kStatRows - 1) / kStatRows * kStatRows;
+    stats = at::empty({kStats, B * H, s.stats.padded}, dlse.options());
+    far = at::empty({B * H, s.stats.padded / 16}, dlse.options());
+    s.stats.data = stats.data_ptr<float>(), s.stats.far = far.data_ptr<float>();
+  }
+};
+
+// Statistics of the queries of both pairs.
+void launch_delta(Attention& all, const at::Tensor& on) {
+  const Kernel k = delta(dtype_of(on));
+  const auto blocks = [&](int i) { return all.B * all.H * all.pair[i].a.stats.padded / k.rows; };
+  all.first = blocks(0);
+  launch(k.function, all.first + blocks(1), k.threads, k.smem, all, on);
+}
+
+// One launch of the backward for the rows of either pair's `a` that want gradients.
+void launch_owner(Attention all, Softmax which, const at::Tensor& on) {
+  const Kernel k = owner_bwd(dtype_of(on), width_of(all), which);
+  for (Pair& p : all.pair) {
+    if (!p.a.dqk && !p.a.dv) p.a.rows = 0;  // no programs
+  }
+  launch(k.function, row_programs(all, k.rows), k.threads, k.smem, all, on);
+}
+
+at::Tensor launch_dbias(const Attention& all, const at::Tensor& bias, Softmax which,
+                        const at::Tensor& on) {
+  const Kernel k = dbias(dtype_of(on), width_of(all), which);
+  at::Tensor db = at::empty(bias.sizes(), bias.options().dtype(at::kFloat));
+  BiasGrad g{all, db.data_ptr<float>(), {1, 1, 1, 1}};
+  for (int64_t d = 0; d < bias.dim(); ++d) g.sizes[4 - bias.dim() + d] = bias.size(d);
+  const int64_t tiles = ((g.sizes[2] + k.rows - 1) / k.rows) * ((g.sizes[3] + k.cols - 1) / k.cols);
+  launch(k.function, g.sizes[0] * g.sizes[1] * tiles, k.threads, k.smem, g, on);
+  return db.to(bias.scalar_type());
+}
+
+// Gradients in the order of the op's inputs, only those that are needed.
+struct Results {
+  std::vector<at::Tensor> grads;
+
+  void* next(bool need, const at::Tensor& like) {
+    if (!need) return nullptr;
+    grads.push_back(at::empty(like.sizes(), like.options()));
+    return grads.back().data_ptr();
+  }
+};
+
+}  // namespace
+
+Four bi_attention_fwd(const at::Tensor& qk_x, const at::Tensor& qk_y, const at::Tensor& v_x,
+                      const at::Tensor& v_y, const OptTensor& mask_x, const OptTensor& mask_y,
+                      const OptTensor& bias, std::optional<double> clamp, double scale,
+                      double dropout_p, const OptTensor& seed) {
+  at::Tensor hold;
+  Attention all =
+      bi(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, hold, clamp, scale, dropout_p, seed);
+  at::Tensor o_x = output(qk_x, qk_x.size(2), v_y.size(3)), lse_x = lse_of(qk_x);
+  at::Tensor o_y = output(qk_x, qk_y.size(2), v_x.size(3)), lse_y = lse_of(qk_y);
+  Pair& p = all.pair[0];
+  p.a.o = o_x.data_ptr(), p.a.lse = lse_x.data_ptr<double>();
+  p.b.o = o_y.data_ptr(), p.b.lse = lse_y.data_ptr<double>();
+  all.pair[1] = swapped(p);
+  launch_fwd(all, qk_x);
+  return {o_x, o_y, lse_x, lse_y};
+}
+
+Four co_attention_fwd(const at::Tensor& q_x, const at::Tensor& k_x, const at::Tensor& v_x,
+                      const at::Tensor& q_y, const at::Tensor& k_y, const at::Tensor& v_y,
+                      const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias_xy,
+                      const OptTensor& bias_yx, double scale_x, double scale_y, double dropout_p,
+                      const OptTensor& seed) {
+  at::Tensor hold[2];
+  Attention all = co(q_x, k_x, v_x, q_y, k_y, v_y, mask_x, mask_y, bias_xy, bias_yx, hold, scale_x,
+                     scale_y, dropout_p, seed);
+  Pair& x = all.pair[0];
+  Pair& y = all.pair[1];
+  at::Tensor o_x = output(q_x, q_x.size(2), v_y.size(3)), lse_x = lse_of(q_x);
+  at::Tensor o_y = output(q_x, q_y.size(2), v_x.size(3)), lse_y = lse_of(q_y);
+  x.a.o = o_x.data_ptr(), x.a.lse = lse_x.data_ptr<double>();
+  y.a.o = o_y.data_ptr(), y.a.lse = lse_y.data_ptr<double>();
+  launch_fwd(all, q_x);
+  return {o_x, o_y, lse_x, lse_y};
+}
+
+std::vector<at::Tensor> bi_attention_bwd(
+    const at::Tensor& do_x, const at::Tensor& do_y, const at::Tensor& dlse_x,
+    const at::Tensor& dlse_y, const at::Tensor& qk_x, const at::Tensor& qk_y, const at::Tensor& v_x,
+    const at::Tensor& v_y, const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias,
+    const at::Tensor& o_x, const at::Tensor& o_y, const at::Tensor& lse_x, const at::Tensor& lse_y,
+    std::optional<double> clamp, double scale, double dropout_p, const OptTensor& seed,
+    std::array<bool, 5> needs) {
+  at::Tensor hold;
+  Attention all =
+      bi(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, hold, clamp, scale, dropout_p, seed);
+  Pair& p = all.pair[0];
+  const Upstream x(p.a, do_x, o_x, lse_x, dlse_x, "do_x");
+  const Upstream y(p.b, do_y, o_y, lse_y, dlse_y, "do_y");
+  if (p.a.rows > 0) p.centre = p.a.lse, p.centre_stride = p.a.rows;
+  Results out;
+  p.a.dqk = out.next(needs[0], qk_x), p.b.dqk = out.next(needs[1], qk_y);
+  p.a.dv = out.next(needs[2], v_x), p.b.dv = out.next(needs[3], v_y);
+  all.pair[1] = swapped(p);
+  launch_delta(all, qk_x);
+  launch_owner(all, Softmax::kBoth, qk_x);
+  if (needs[4]) out.grads.push_back(launch_dbias(all, *bias, Softmax::kBoth, qk_x));
+  return out.grads;
+}
+
+std::vector<at::Tensor> co_attention_bwd(
+    const at::Tensor& do_x, const at::Tensor& do_y, const at::Tensor& dlse_x,
+    const at::Tensor& dlse_y, const at::Tensor& q_x, const at::Tensor& k_x, const at::Tensor& v_x,
+    const at::Tensor& q_y, const at::Tensor& k_y, const at::Tensor& v_y, const OptTensor& mask_x,
+    const OptTensor& mask_y, const OptTensor& bias_xy, const OptTensor& bias_yx,
+    const at::Tensor& o_x, const at::Tensor& o_y, const at::Tensor& lse_x, const at::Tensor& lse_y,
+    double scale_x, double scale_y, double dropout_p, const OptTensor& seed,
+    std::array<bool, 8> needs) {
+  at::Tensor hold[2];
+  Attention all = co(q_x, k_x, v_x, q_y, k_y, v_y, mask_x, mask_y, bias_xy, bias_yx, hold, scale_x,
+                     scale_y, dropout_p, seed);
+  Pair& x = all.pair[0];
+  Pair& y = all.pair[1];
+  const Upstream up_x(x.a, do_x, o_x, lse_x, dlse_x, "do_x");
+  const Upstream up_y(y.a, do_y, o_y, lse_y, dlse_y, "do_y");
+  Results out;
+  x.a.dqk = out.next(needs[0], q_x), y.b.dqk = out.next(needs[1], k_x);
+  y.b.dv = out.next(needs[2], v_x), y.a.dqk = out.next(needs[3], q_y);
+  x.b.dqk = out.next(needs[4], k_y), x.b.dv = out.next(needs[5], v_y);
+  launch_delta(all, q_x);
+  launch_owner(all, Softmax::kRow, q_x);
+  Attention keys = all;
+  for (Pair& p : keys.pair) p = swapped(p);
+  launch_owner(keys, Softmax::kColumn, q_x);
+  if (needs[6]) out.grads.push_back(launch_dbias(all, *bias_xy, Softmax::kRow, q_x));
+  if (needs[7]) {
+    std::swap(all.pair[0], all.pair[1]);
+    out.grads.push_back(launch_dbias(all, *bias_yx, Softmax::kRow, q_x));
+  }
+  return out.grads;
+}
+
+}  // namespace fmm::cuda

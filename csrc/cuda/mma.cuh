@@ -1,0 +1,243 @@
+// Tensor-core fragments of one warp: loads from swizzled shared memory and c += a * b on m16n8
+// tiles.
+//
+// fp16 and bf16 multiply by m16n8k16. fp32 multiplies by m16n8k8 in 3xTF32: x = hi + lo, each with
+// 11 bits, so that hi*lo + lo*hi + hi*hi is off by 2^-22 of a product; each k8 step starts from
+// zero and is added in fp32, because tensor cores truncate where they accumulate. CUDA-core FMA is
+// no more accurate and needs fragments of another shape.
+//
+// With g = lane / 4 and t = lane % 4 a lane holds of c [16, 8]: c0, c1 = [g, 2t..2t+1] and
+// c2, c3 = [g + 8, 2t..2t+1].
+#pragma once
+
+#include "tile.cuh"
+
+namespace fmm::cuda {
+
+// Depth of one mma step.
+template <typename T>
+constexpr int kStep = 32 / sizeof(T);
+
+template <typename T, int kRegs>
+struct Frag {
+  uint32_t r[kRegs];
+};
+template <int kRegs>
+struct Frag<float, kRegs> {
+  uint32_t r[kRegs], low[kRegs];
+};
+template <typename T>
+using FragA = Frag<T, 4>;  // [16, kStep]
+template <typename T>
+using FragB = Frag<T, 2>;  // [kStep, 8]
+
+// x = hi + lo up to 2^-22; infinite and NaN stay in hi.
+__device__ inline void split(uint32_t bits, uint32_t& hi, uint32_t& lo) {
+  const float x = __uint_as_float(bits);
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(hi) : "f"(x));
+  const float rest = fabsf(x) < 3.4e38f ? x - __uint_as_float(hi) : 0.0f;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(lo) : "f"(rest));
+}
+
+template <typename T, int kRegs>
+__device__ inline void finish(Frag<T, kRegs>& f) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < kRegs; ++i) split(f.r[i], f.r[i], f.low[i]);
+  }
+}
+
+__device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <typename T>
+__device__ inline void mma(float (&c)[4], const FragA<T>& a, const FragB<T>& b) {
+  if constexpr (sizeof(T) == 4) {
+    float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    mma_tf32(step, a.low, b.r);
+    mma_tf32(step, a.r, b.low);
+    mma_tf32(step, a.r, b.r);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += step[i];
+  } else if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
+  }
+}
+
+template <bool kTrans>
+__device__ inline void ldmatrix(uint32_t (&a)[2], uint32_t (&b)[2], uint32_t address) {
+  if constexpr (kTrans) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(b[0]), "=r"(b[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(b[0]), "=r"(b[1])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// Rows [row, row + 16), depth [k, k + kStep) of a tile stored by rows.
+template <typename T, int kWidth>
+__device__ inline void load_a(FragA<T>& f, Tile<T, kWidth> tile, int row, int k) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t at = tile.address(row + lane % 16, (lane / 16) * (16 / sizeof(T)));
+  uint32_t lo[2], hi[2];
+  ldmatrix<false>(lo, hi, at ^ (k * static_cast<int>(sizeof(T))));
+  f.r[0] = lo[0], f.r[1] = lo[1], f.r[2] = hi[0], f.r[3] = hi[1];
+  finish(f);
+}
+
+// Two b fragments whose columns are the rows [row, row + 16) of the tile: b = tile.T.
+template <typename T, int kWidth>
+__device__ inline void load_b(FragB<T> (&f)[2], Tile<T, kWidth> tile, int row, int k) {
+  const int lane = threadIdx.x % 32;
+  const int r = row + lane % 8 + (lane / 16) * 8;
+  const uint32_t at = tile.address(r, (lane / 8 % 2) * (16 / sizeof(T)));
+  ldmatrix<false>(f[0].r, f[1].r, at ^ (k * static_cast<int>(sizeof(T))));
+  finish(f[0]);
+  finish(f[1]);
+}
+
+// Two b fragments: depth = tile rows [k, k + kStep), columns = tile columns [col, col + 16).
+// fp32 takes depth in the order in which c holds columns: row 2t, then row 2t + 1.
+template <typename T, int kWidth>
+__device__ inline void load_bt(FragB<T> (&f)[2], Tile<T, kWidth> tile, int k, int col) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t at = tile.address(k + lane % 16, (lane / 16) * 8);
+    ldmatrix<true>(f[0].r, f[1].r, at ^ (col * 2));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t at = tile.address(k + lane % 4 * 2 + i, lane / 4);
+      f[0].r[i] = load_shared(at ^ (col * 4));
+      f[1].r[i] = load_shared(at ^ ((col + 8) * 4));
+    }
+    finish(f[0]);
+    finish(f[1]);
+  }
+}
+
+// a fragment of tile.T: rows = tile columns [col, col + 16), depth = tile rows [k, k + kStep).
+template <typename T, int kWidth>
+__device__ inline void load_at(FragA<T>& f, Tile<T, kWidth> tile, int k, int col) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t at = tile.address(k + lane % 8 + lane / 16 * 8, (lane / 8 % 2) * 8);
+    uint32_t lo[2], hi[2];
+    ldmatrix<true>(lo, hi, at ^ (col * 2));
+    f.r[0] = lo[0], f.r[1] = lo[1], f.r[2] = hi[0], f.r[3] = hi[1];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t at = tile.address(k + lane % 4 * 2 + i, lane / 4);
+      f.r[2 * i] = load_shared(at ^ (col * 4));
+      f.r[2 * i + 1] = load_shared(at ^ ((col + 8) * 4));
+    }
+    finish(f);
+  }
+}
+
+// The a fragment [16, kStep] of accumulators: c points at the first of its one or two n8 tiles.
+template <typename T>
+__device__ inline void from_acc(FragA<T>& f, const float (*c)[4]) {
+  if constexpr (sizeof(T) == 2) {
+    f.r[0] = pack<T>(c[0][0], c[0][1]), f.r[1] = pack<T>(c[0][2], c[0][3]);
+    f.r[2] = pack<T>(c[1][0], c[1][1]), f.r[3] = pack<T>(c[1][2], c[1][3]);
+  } else {
+    f.r[0] = __float_as_uint(c[0][0]), f.r[1] = __float_as_uint(c[0][2]);
+    f.r[2] = __float_as_uint(c[0][1]), f.r[3] = __float_as_uint(c[0][3]);
+    finish(f);
+  }
+}
+
+template <int kMT, int kNT>
+__device__ inline void clear(float (&c)[kMT][kNT][4]) {
+#pragma unroll
+  for (int i = 0; i < kMT * kNT * 4; ++i) c[i / (kNT * 4)][i / 4 % kNT][i % 4] = 0.0f;
+}
+
+// c[m, n] += sum_d a[row + m, d] * b[n, d]: a warp's 16 * kMT rows against the 8 * kNT rows of b.
+template <typename T, int kMT, int kNT, int kWidth>
+__device__ inline void dot_tile(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int row,
+                                Tile<T, kWidth> b) {
+#pragma unroll
+  for (int k = 0; k < kWidth; k += kStep<T>) {
+    FragA<T> fa[kMT];
+#pragma unroll
+    for (int m = 0; m < kMT; ++m) load_a(fa[m], a, row + 16 * m, k);
+#pragma unroll
+    for (int n = 0; n < kNT; n += 2) {
+      FragB<T> fb[2];
+      load_b(fb, b, 8 * n, k);
+#pragma unroll
+      for (int m = 0; m < kMT; ++m) {
+        mma<T>(c[m][n], fa[m], fb[0]);
+        mma<T>(c[m][n + 1], fa[m], fb[1]);
+      }
+    }
+  }
+}
+
+// c[m, d] += sum_n p[m, n] * b[n, col + d], p in registers: columns [col, col + 8 * kDT) of b.
+template <typename T, int kMT, int kNT, int kDT, int kWidth>
+__device__ inline void dot_regs(float (&c)[kMT][kDT][4], const float (&p)[kMT][kNT][4],
+                                Tile<T, kWidth> b, int col) {
+  constexpr int kTiles = kStep<T> / 8;
+  static_assert(kNT % kTiles == 0 && kDT % 2 == 0);
+#pragma unroll
+  for (int n = 0; n < kNT; n += kTiles) {
+    FragA<T> fa[kMT];
+#pragma unroll
+    for (int m = 0; m < kMT; ++m) from_acc(fa[m], &p[m][n]);
+#pragma unroll
+    for (int d = 0; d < kDT; d += 2) {
+      FragB<T> fb[2];
+      load_bt(fb, b, 8 * n, col + 8 * d);
+#pragma unroll
+      for (int m = 0; m < kMT; ++m) {
+        mma<T>(c[m][d], fa[m], fb[0]);
+        mma<T>(c[m][d + 1], fa[m], fb[1]);
+      }
+    }
+  }
+}
+
+// c[n, d] += sum_m a[m, row + n] * b[m, col + d] over kDepth rows of both tiles.
+template <int kDepth, typename T, int kMT, int kDT, int kWidthA, int kWidth>
+__device__ inline void dot_trans(float (&c)[kMT][kDT][4], Tile<T, kWidthA> a, int row,
+                                 Tile<T, kWidth> b, int col) {
+#pragma unroll
+  for (int k = 0; k < kDepth; k += kStep<T>) {
+    FragA<T> fa[kMT];
+#pragma unroll
+    for (int m = 0; m < kMT; ++m) load_at(fa[m], a, k, row + 16 * m);
+#pragma unroll
+    for (int d = 0; d < kDT; d += 2) {
+      FragB<T> fb[2];
+      load_bt(fb, b, k, col + 8 * d);
+#pragma unroll
+      for (int m = 0; m < kMT; ++m) {
+        mma<T>(c[m][d], fa[m], fb[0]);
+        mma<T>(c[m][d + 1], fa[m], fb[1]);
+      }
+    }
+  }
+}
+
+}  // namespace fmm::cuda

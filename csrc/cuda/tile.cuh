@@ -1,0 +1,229 @@
+// Tiles in shared memory: XOR-swizzled layout, predicated loads by cp.async, the pipeline that
+// walks a stream, and stores of a warp's accumulators. No op knowledge.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "attention.h"
+
+namespace fmm::cuda {
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ inline uint32_t load_shared(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
+// Rows of kWidth elements whose 16-byte chunks are permuted by row: eight lanes that read or write
+// one chunk column of eight rows touch all 32 banks. The base is a multiple of a row's bytes.
+template <typename T, int kWidth>
+struct Tile {
+  static constexpr int kRowBytes = kWidth * sizeof(T);
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kPer16 = 16 / sizeof(T);
+  static_assert(kChunks >= 2 && (kChunks & (kChunks - 1)) == 0);
+
+  uint32_t base;  // shared-space address
+
+  static __device__ int swizzle(int row) {
+    return kChunks >= 8 ? row % 8 : row / (8 / (kChunks < 8 ? kChunks : 8)) % kChunks;
+  }
+  __device__ uint32_t address(int row, int col) const {
+    const int chunk = (col / kPer16) ^ swizzle(row);
+    return base + row * kRowBytes + chunk * 16 + col % kPer16 * static_cast<int>(sizeof(T));
+  }
+};
+
+// Copies `bytes` of 16 and fills the rest with zeros.
+__device__ inline void cp_async16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ inline void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+template <typename T>
+__device__ inline uint32_t pack(float a, float b) {
+  static_assert(sizeof(T) == 2);
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 v = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(v);
+  } else {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(v);
+  }
+}
+
+// One element of a tensor of run-time type.
+__device__ inline float load_float(const Tensor4& t, int64_t at) {
+  switch (t.dtype) {
+    case DType::kHalf:
+      return __half2float(static_cast<const __half*>(t.data)[at]);
+    case DType::kBFloat16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(t.data)[at]);
+    default:
+      return static_cast<const float*>(t.data)[at];
+  }
+}
+
+// One head's [rows, width] matrix in global memory. `vectors`: every row starts at a multiple of 16
+// bytes and its elements are adjacent.
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t stride_m, stride_d;
+  int rows, width;
+  bool vectors;
+
+  __device__ Matrix(const Strided& t, int64_t b, int64_t h, int64_t rows, int64_t width)
+      : data(static_cast<const T*>(t.data) + b * t.stride[0] + h * t.stride[1]),
+        stride_m(t.stride[2]),
+        stride_d(t.stride[3]),
+        rows(static_cast<int>(rows)),
+        width(static_cast<int>(width)),
+        vectors(t.vectors) {}
+};
+
+// The keys of one batch item: [rows] bool, nullptr: all kept.
+struct Keep {
+  const bool* data;
+  int64_t stride;
+
+  __device__ Keep() : data(nullptr), stride(0) {}
+  __device__ Keep(const KeyMask& m, int64_t b)
+      : data(m.data ? m.data + b * m.stride[0] : nullptr), stride(m.stride[1]) {}
+  __device__ bool at(int64_t row) const { return data == nullptr || data[row * stride]; }
+};
+
+// Starts the copy of rows [row0, row0 + kRows) into the tile; rows outside or not kept and columns
+// past the width become 0, also where memory holds NaN. All threads of the block take part.
+template <int kRows, int kThreads, typename T, int kWidth>
+__device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int row0,
+                                 const Keep& keep) {
+  using Dst = Tile<T, kWidth>;
+  constexpr int kRowsAtOnce = kThreads / Dst::kChunks;
+  static_assert(kRowsAtOnce * Dst::kChunks == kThreads && kRowsAtOnce > 0);
+  const int col = threadIdx.x % Dst::kChunks * Dst::kPer16;
+  const int first = threadIdx.x / Dst::kChunks;
+  const T* from = m.data + (row0 + first) * m.stride_m + col * m.stride_d;
+  const int inside = max(0, min(Dst::kPer16, m.width - col));
+#pragma unroll
+  for (int r = 0; r < kRows; r += kRowsAtOnce) {
+    const int row = r + first;
+    if (kRows % kRowsAtOnce != 0 && row >= kRows) break;
+    const bool on = row0 + row < m.rows && keep.at(row0 + row);
+    const uint32_t to = tile.address(row, col);
+    if (m.vectors) {
+      cp_async16(to, on ? from : m.data, on ? inside * static_cast<int>(sizeof(T)) : 0);
+    } else {
+      T v[Dst::kPer16];
+#pragma unroll
+      for (int i = 0; i < Dst::kPer16; ++i) {
+        v[i] = on && i < inside ? from[i * m.stride_d] : static_cast<T>(0.0f);
+      }
+      const uint4 w = *reinterpret_cast<const uint4*>(v);
+      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(w.x), "r"(w.y), "r"(w.z),
+                   "r"(w.w)
+                   : "memory");
+    }
+    from += kRowsAtOnce * m.stride_m;
+  }
+}
+
+// body(j, stage) for j in [0, n), tile j loaded by load(j, stage) up to kStages - 1 steps ahead.
+// With one stage the load is waited for; with more a tile has one barrier.
+template <int kStages, typename Load, typename Body>
+__device__ inline void walk(int n, const Load& load, const Body& body) {
+  if constexpr (kStages == 1) {
+    for (int j = 0; j < n; ++j) {
+      __syncthreads();  // orders the reads of tile j - 1 before its overwriting
+      load(j, 0);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();  // orders the writes of tile j before its reads
+      body(j, 0);
+    }
+  } else {
+    for (int j = 0; j < kStages - 1; ++j) {
+      if (j < n) load(j, j);
+      cp_async_commit();
+    }
+    int stage = 0;
+    for (int j = 0; j < n; ++j) {
+      cp_async_wait<kStages - 2>();
+      __syncthreads();  // orders tile j's writes before its reads, reads of j - 1 before new writes
+      const int next = j + kStages - 1;
+      const int free = stage == 0 ? kStages - 1 : stage - 1;
+      if (next < n) load(next, free);
+      cp_async_commit();
+      body(j, stage);
+      stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// Writes a warp's accumulators c * factor, [16, 8 * kDT], as columns [col, ...) of rows
+// [row0, row0 + 16) of the contiguous `out` [rows, width]; `stage` are 16 rows of shared memory of
+// at least 8 * kDT elements that this warp alone uses.
+template <typename T, int kDT>
+__device__ inline void store_tile(T* out, int64_t row0, int64_t rows, int width, int col,
+                                  const float (&c)[kDT][4], Tile<T, 8 * kDT> stage) {
+  constexpr int kWidth = 8 * kDT;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 0; d < kDT; ++d) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t to = stage.address(lane / 4 + 8 * i, 8 * d + lane % 4 * 2);
+      if constexpr (sizeof(T) == 2) {
+        const uint32_t v = pack<T>(c[d][2 * i], c[d][2 * i + 1]);
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+      } else {
+        asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(to), "f"(c[d][2 * i]),
+                     "f"(c[d][2 * i + 1])
+                     : "memory");
+      }
+    }
+  }
+  __syncwarp();
+  using Src = Tile<T, kWidth>;
+  const bool vectors = width % Src::kPer16 == 0;
+#pragma unroll
+  for (int i = 0; i < 16 * Src::kChunks; i += 32) {
+    const int row = (i + lane) / Src::kChunks, at = (i + lane) % Src::kChunks * Src::kPer16;
+    uint4 w;
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                 : "r"(stage.address(row, at))
+                 : "memory");
+    if (row0 + row < rows && col + at < width) {
+      T* to = out + (row0 + row) * width + col + at;
+      if (vectors) {
+        *reinterpret_cast<uint4*>(to) = w;
+      } else {
+        const T* v = reinterpret_cast<const T*>(&w);
+#pragma unroll
+        for (int e = 0; e < Src::kPer16; ++e) {
+          if (col + at + e < width) to[e] = v[e];
+        }
+      }
+    }
+  }
+  __syncwarp();
+}
+
+}  // namespace fmm::cuda
