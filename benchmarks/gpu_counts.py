@@ -1,4 +1,4 @@
-"""Counts what the Triton kernels execute, beside what a user would do instead; no times.
+"""Counts what the GPU kernels execute, beside what a user would do instead; no times.
 
     PYTHONPATH=tests:. python -m vgpu run --arch 80 -- python -m benchmarks.gpu_counts
 
@@ -9,6 +9,7 @@ ptxas allocates. Every call is compared with fp64 before it is counted.
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import fusedmm
+from fusedmm import backends, problem
 
 from . import plain_flash
 
@@ -44,7 +46,12 @@ SHAPES = (
     Shape("image-2048-text-64", "resident", 2, 8, 2048, 64, 64),
     Shape("image-2048-text-128", "resident", 2, 8, 2048, 128, 64),
     Shape("lightglue-512x512", "long", 2, 4, 512, 512, 64),
+    Shape("wide-256x256", "long", 1, 4, 256, 256, 128),
+    Shape("widest-256x256", "long", 1, 2, 256, 256, 256),
 )
+OURS = ("triton", "cuda")
+# Warp instructions per mma of `cuda` relative to `triton`, forward and backward.
+CUDA_TARGET = 0.85
 # Counts relative to the better baseline: (forward, backward) by regime; None is not aimed at.
 TARGETS = {
     "tensor_flops": {"resident": (0.76, 0.72), "tiny": (0.76, 0.72), "long": (None, 0.72)},
@@ -130,7 +137,8 @@ def run(shape: Shape) -> dict:
     want = [*(o.detach() for o in outs), *(t.grad for t in exact)]
     inputs, upstream = [t.cuda() for t in host], [t.cuda() for t in grads]
     calls = {
-        "ours": lambda *t: fusedmm.bi_attention(*t, backend="triton"),
+        name: functools.partial(fusedmm.bi_attention, backend=name) for name in usable(shape)
+    } | {
         "flex": flex(),
         "plain": both_ways(plain_flash.attention),
     }
@@ -144,10 +152,17 @@ def run(shape: Shape) -> dict:
     return dataclasses.asdict(shape) | {"counts": result}
 
 
-def ratios(row: dict, mode: str) -> dict[str, float]:
+def usable(shape: Shape) -> list[str]:
+    """Our backends in this build."""
+    side = problem.Side(shape.M, shape.N, shape.D, shape.D)
+    asked = problem.AttentionProblem("bi_attention", 1, 1, side, side, torch.bfloat16, "cuda")
+    return [name for name in OURS if not backends.reject(name, "bi_attention", asked)]
+
+
+def ratios(row: dict, name: str, mode: str) -> dict[str, float]:
     """Ours over the better baseline, count by count."""
-    ours = row["counts"]["ours"][mode]
-    others = [c[mode] for name, c in row["counts"].items() if name != "ours"]
+    ours = row["counts"][name][mode]
+    others = [c[mode] for other, c in row["counts"].items() if other not in OURS]
     return {k: ours[k] / min(o[k] for o in others) for k in TARGETS}
 
 
@@ -160,28 +175,15 @@ def markdown(rows: list[dict], arch: int) -> str:
         "of two compiled FlexAttention calls and two calls of a plain Triton flash attention,",
         "count by count. Made by `benchmarks/gpu_counts.py`; its docstring has the command.",
         "",
-        "| shape | mode | "
+        "| shape | mode | ours | "
         + " | ".join(f"{k} (target)" for k in TARGETS)
-        + " | spills | conflicts |",
-        "|---|---|" + "---|" * (len(TARGETS) + 2),
+        + " | of triton's | spills | conflicts |",
+        "|---" * (len(TARGETS) + 6) + "|",
     ]
     for row in rows:
         for i, mode in enumerate(("forward", "backward")):
-            ours = row["counts"]["ours"][mode]
-            cells = []
-            for name, ratio in ratios(row, mode).items():
-                target = TARGETS[name][row["regime"]][i]
-                met = (
-                    ""
-                    if target is None
-                    else f" (≤ {target:g} {'met' if ratio <= target else '**missed**'})"
-                )
-                cells.append(f"{ratio:.2f}{met}")
-            conflicts = f"{100 * ours['conflict_share']:.1f} %"
-            cells += [f"{ours['spill_bytes']:.0f} B", conflicts]
-            lines.append(
-                f"| {row['name']} ({row['regime']}) | {mode} | " + " | ".join(cells) + " |"
-            )
+            for name in (n for n in OURS if n in row["counts"]):
+                lines.append(_ratio_line(row, name, mode, i))
     lines += [
         "",
         "| shape | mode | who | " + " | ".join(_RAW) + " |",
@@ -196,6 +198,26 @@ def markdown(rows: list[dict], arch: int) -> str:
                 )
                 lines.append(f"| {row['name']} | {mode} | {who} | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def _ratio_line(row: dict, name: str, mode: str, i: int) -> str:
+    counts = {n: c[mode] for n, c in row["counts"].items()}
+
+    def verdict(ratio: float, target: float | None) -> str:
+        if target is None:
+            return f"{ratio:.2f}"
+        return f"{ratio:.2f} (≤ {target:g} {'met' if ratio <= target else '**missed**'})"
+
+    cells = [
+        verdict(ratio, TARGETS[count][row["regime"]][i])
+        for count, ratio in ratios(row, name, mode).items()
+    ]
+    per_mma = {n: c["warp_insts_per_mma"] for n, c in counts.items()}
+    rival = per_mma[name] / per_mma["triton"]
+    cells.append(verdict(rival, CUDA_TARGET) if name == "cuda" else "")
+    ours = counts[name]
+    cells += [f"{ours['spill_bytes']:.0f} B", f"{100 * ours['conflict_share']:.1f} %"]
+    return f"| {row['name']} ({row['regime']}) | {mode} | {name} | " + " | ".join(cells) + " |"
 
 
 _FRACTIONS = ("conflict_share", "warp_insts_per_mma")

@@ -56,6 +56,15 @@ struct Attention {
   Dropout dropout;
 };
 
+// bi_attention whose stream b = pair[0].b is resident: a block walks `chunk` rows of a, and leaves
+// its share of b's results in `part` if a head has several chunks, to be merged in order.
+struct Resident {
+  Attention all;
+  int64_t chunks, chunk;
+  float* part;       // forward [B * H, chunks, rows, width_o]; backward [.., D + width_v]
+  double* part_lse;  // [B * H, chunks, rows], base 2
+};
+
 // Gradient of a bias [B or 1, H or 1, M or 1, N or 1], contiguous: ds of pair[0] summed over the
 // dimensions of size 1.
 struct BiasGrad {

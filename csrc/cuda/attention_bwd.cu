@@ -76,21 +76,6 @@ struct Layout {
   }
 };
 
-// Loads what `other`'s softmaxes need of kRows rows of a stream.
-template <int kRows, int kThreads, bool kV, bool kGrad, typename T, int kWidth>
-__device__ inline void load_tiles(const Tiles<T, kWidth>& t, const Stream& s, int64_t width,
-                                  int64_t b, int64_t h, int row0) {
-  load_tile<kRows, kThreads>(t.qk, Matrix<T>(s.qk, b, h, s.rows, width), row0, Keep());
-  if constexpr (kV) {
-    const Matrix<T> v(s.v, b, h, s.rows, s.width_v);
-    load_tile<kRows, kThreads>(t.v, v, row0, Keep(s.keep, b));
-  }
-  if constexpr (kGrad) {
-    const Matrix<T> d_o(s.d_o, b, h, s.rows, s.width_o);
-    load_tile<kRows, kThreads>(t.d_o, d_o, row0, Keep());
-  }
-}
-
 template <bool kRow, bool kCol, typename T, int kWidth>
 __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads)
     owner_bwd_kernel(const __grid_constant__ Attention all) {
@@ -273,12 +258,17 @@ Kernel dbias(DType dtype, int width, Softmax which) {
   return pick(dtype, width, [which](auto type, auto w) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
-    if (which == Softmax::kRow) {
-      return kernel<true, false, T, kW>(
-          reinterpret_cast<const void*>(&dbias_kernel<true, false, T, kW>));
+    switch (which) {
+      case Softmax::kRow:
+        return kernel<true, false, T, kW>(
+            reinterpret_cast<const void*>(&dbias_kernel<true, false, T, kW>));
+      case Softmax::kColumn:
+        return kernel<false, true, T, kW>(
+            reinterpret_cast<const void*>(&dbias_kernel<false, true, T, kW>));
+      default:
+        return kernel<true, true, T, kW>(
+            reinterpret_cast<const void*>(&dbias_kernel<true, true, T, kW>));
     }
-    return kernel<true, true, T, kW>(
-        reinterpret_cast<const void*>(&dbias_kernel<true, true, T, kW>));
   });
 }
 

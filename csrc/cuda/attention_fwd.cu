@@ -72,18 +72,19 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads)
       float alpha[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float most = top[m][r];
+        float most = -kInf;
 #pragma unroll
         for (int n = 0; n < kNT; ++n) most = fmaxf(most, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
-        most = quad_max(most);
-        const float safe = finite_or(most, 0.0f), shift = -safe * unit;
-        alpha[r] = exp2_fast((top[m][r] - safe) * unit);
+        // One rounding of the shift, which every later exponent repeats.
+        most = fmaxf(quad_max(most) * unit, top[m][r]);
+        const float safe = finite_or(most, 0.0f);
+        alpha[r] = exp2_fast(top[m][r] - safe);
         top[m][r] = most;
         float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < 2 * kNT; ++i) {
           float& x = s[m][i / 2][2 * r + i % 2];
-          x = exp2_fast(fmaf(x, unit, shift));
+          x = exp2_fast(fmaf(x, unit, -safe));
           sum += x;
         }
         total[m][r] = total[m][r] * alpha[r] + sum;
@@ -115,8 +116,7 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads)
       factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
       const int row = first + lane / 4 + 8 * r;
       if (lane % 4 == 0 && col0 == 0 && row < p.a.rows) {
-        // The exponents' own shift, so that the backward's exp(s - lse) repeats these numbers.
-        const double lse2 = static_cast<double>(finite_or(top[m][r], 0.0f) * unit) + log2f(sum);
+        const double lse2 = static_cast<double>(finite_or(top[m][r], 0.0f)) + log2f(sum);
         p.a.lse[head * p.a.rows + row] = sum == 0.0f ? -kInf : lse2 * kLn2;
       }
     }

@@ -8,18 +8,23 @@ namespace fmm::cuda {
 
 // What a launch needs to know of a kernel.
 struct Kernel {
-  const void* function;
-  int rows, cols;  // of a tile
-  int threads, smem;
+  const void* function = nullptr;
+  int rows = 0, cols = 0;  // of a tile
+  int threads = 0, smem = 0;
 };
 
 // Which softmax's gradient a kernel of the backward computes: that over a row of s, whose keys are
 // the walked stream's tokens, over a column, or both.
 enum class Softmax { kRow, kColumn, kBoth };
 
+// Short streams of up to `cols` tokens; a Kernel without function where there is none.
+Kernel resident_fwd(DType dtype, int width, int64_t cols);
+Kernel merge(DType dtype);  // after resident_fwd, where a head has several chunks
+Kernel resident_bwd(DType dtype, int width, int64_t cols);
+Kernel sum_chunks(DType dtype);  // after resident_bwd, likewise
 Kernel attend_fwd(DType dtype, int width);
 Kernel delta(DType dtype);
 Kernel owner_bwd(DType dtype, int width, Softmax which);
-Kernel dbias(DType dtype, int width, Softmax which);  // kRow or kBoth
+Kernel dbias(DType dtype, int width, Softmax which);
 
 }  // namespace fmm::cuda

@@ -1,4 +1,6 @@
 // co_attention and bi_attention on CUDA tensors: allocates results, fills Params, launches.
+#include <ATen/ATen.h>
+
 #include <limits>
 
 #include "../common/launch.h"
@@ -8,6 +10,8 @@
 
 namespace fmm::cuda {
 namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
 
 Strided strided(const at::Tensor& t) {
   Strided r;
@@ -66,6 +70,64 @@ int64_t row_programs(Attention& all, int rows) {
   return all.first + tiles(all.pair[1]);
 }
 
+// The resident regime's kernel and problem, or an empty kernel where neither stream is short
+// enough. pair[0].b becomes the resident stream.
+struct Regime {
+  Kernel kernel;
+  Resident problem{};
+
+  template <typename Pick>
+  Regime(const Attention& all, const at::Tensor& on, const Pick& pick) {
+    const int64_t M = all.pair[0].a.rows, N = all.pair[0].b.rows;
+    if (all.B * all.H == 0 || M == 0 || N == 0) return;
+    kernel = pick(dtype_of(on), width_of(all), std::min(M, N));
+    if (kernel.function == nullptr || kernel.smem > max_shared(on)) {
+      kernel = {};
+      return;
+    }
+    problem.all = all;
+    if (M < N) std::swap(problem.all.pair[0], problem.all.pair[1]);
+    // One block a multiprocessor in all, and no fewer than one a head.
+    const int64_t heads = all.B * all.H, rows = problem.all.pair[0].a.rows;
+    const int64_t tiles = (rows + kernel.rows - 1) / kernel.rows;
+    const int64_t share = (multiprocessors(on) + heads - 1) / heads;
+    const int64_t wanted = std::min(tiles, share);
+    problem.chunk = (tiles + wanted - 1) / wanted * kernel.rows;
+    problem.chunks = (rows + problem.chunk - 1) / problem.chunk;
+  }
+  int64_t blocks() const { return problem.all.B * problem.all.H * problem.chunks; }
+};
+
+// One launch, and a second that adds up the chunks' shares of `width` numbers a resident token.
+void launch_resident(Regime& r, int64_t width, const Kernel& second, int64_t blocks,
+                     const at::Tensor& on) {
+  Resident& p = r.problem;
+  at::Tensor part, part_lse;
+  if (p.chunks > 1) {
+    const int64_t rows = p.all.pair[0].b.rows;
+    part = at::empty({r.blocks(), rows, width}, on.options().dtype(at::kFloat));
+    part_lse = at::empty({r.blocks(), rows}, on.options().dtype(at::kDouble));
+    p.part = part.data_ptr<float>(), p.part_lse = part_lse.data_ptr<double>();
+  }
+  launch(r.kernel.function, r.blocks(), r.kernel.threads, r.kernel.smem, p, on);
+  if (p.chunks > 1) launch(second.function, blocks, second.threads, second.smem, p, on);
+}
+
+void launch_resident_fwd(Regime& r, const at::Tensor& on) {
+  const Kernel k = merge(dtype_of(on));
+  const Stream& s = r.problem.all.pair[0].b;
+  const int64_t rows = r.problem.all.B * r.problem.all.H * s.rows;
+  launch_resident(r, s.width_o, k, (rows + k.rows - 1) / k.rows, on);
+}
+
+void launch_resident_bwd(Regime& r, const at::Tensor& on) {
+  const Kernel k = sum_chunks(dtype_of(on));
+  const Pair& p = r.problem.all.pair[0];
+  const int64_t width = p.width + p.b.width_v;
+  const int64_t numbers = r.problem.all.B * r.problem.all.H * p.b.rows * width;
+  launch_resident(r, width, k, (numbers + k.rows - 1) / k.rows, on);
+}
+
 void launch_fwd(Attention& all, const at::Tensor& on) {
   const Kernel k = attend_fwd(dtype_of(on), width_of(all));
   launch(k.function, row_programs(all, k.rows), k.threads, k.smem, all, on);
@@ -122,6 +184,10 @@ struct Upstream {
     far = at::empty({B * H, s.stats.padded / 16}, dlse.options());
     s.stats.data = stats.data_ptr<float>(), s.stats.far = far.data_ptr<float>();
   }
+  // dlse, 0 where the query has no key.
+  at::Tensor reaching() const {
+    return at::where(lse == -kInf, at::zeros({}, dlse.options()), dlse);
+  }
 };
 
 // Statistics of the queries of both pairs.
@@ -141,15 +207,30 @@ void launch_owner(Attention all, Softmax which, const at::Tensor& on) {
   launch(k.function, row_programs(all, k.rows), k.threads, k.smem, all, on);
 }
 
-at::Tensor launch_dbias(const Attention& all, const at::Tensor& bias, Softmax which,
-                        const at::Tensor& on) {
-  const Kernel k = dbias(dtype_of(on), width_of(all), which);
-  at::Tensor db = at::empty(bias.sizes(), bias.options().dtype(at::kFloat));
-  BiasGrad g{all, db.data_ptr<float>(), {1, 1, 1, 1}};
+// The gradient of a bias. Where it is constant over the keys of a softmax, ds of that softmax sums
+// to dlse, and no rounding of o enters; the kernel adds the others.
+at::Tensor launch_dbias(const Attention& all, const at::Tensor& bias, bool both,
+                        const Upstream& rows, const Upstream& cols, const at::Tensor& on) {
+  BiasGrad g{all, nullptr, {1, 1, 1, 1}};
   for (int64_t d = 0; d < bias.dim(); ++d) g.sizes[4 - bias.dim() + d] = bias.size(d);
-  const int64_t tiles = ((g.sizes[2] + k.rows - 1) / k.rows) * ((g.sizes[3] + k.cols - 1) / k.cols);
-  launch(k.function, g.sizes[0] * g.sizes[1] * tiles, k.threads, k.smem, g, on);
-  return db.to(bias.scalar_type());
+  const bool kernel_rows = g.sizes[3] != 1, kernel_cols = both && g.sizes[2] != 1;
+  at::Tensor db;
+  if (kernel_rows || kernel_cols) {
+    const Kernel k = dbias(dtype_of(on), width_of(all),
+                           kernel_rows && kernel_cols ? Softmax::kBoth
+                           : kernel_rows              ? Softmax::kRow
+                                                      : Softmax::kColumn);
+    db = at::empty(g.sizes, bias.options().dtype(at::kFloat));
+    g.db = db.data_ptr<float>();
+    const int64_t tiles =
+        ((g.sizes[2] + k.rows - 1) / k.rows) * ((g.sizes[3] + k.cols - 1) / k.cols);
+    launch(k.function, g.sizes[0] * g.sizes[1] * tiles, k.threads, k.smem, g, on);
+  } else {
+    db = at::zeros(g.sizes, bias.options().dtype(at::kFloat));
+  }
+  if (!kernel_rows) db += rows.reaching().unsqueeze(3).sum_to_size(g.sizes);
+  if (both && !kernel_cols) db += cols.reaching().unsqueeze(2).sum_to_size(g.sizes);
+  return db.view(bias.sizes()).to(bias.scalar_type());
 }
 
 // Gradients in the order of the op's inputs, only those that are needed.
@@ -178,7 +259,12 @@ Four bi_attention_fwd(const at::Tensor& qk_x, const at::Tensor& qk_y, const at::
   p.a.o = o_x.data_ptr(), p.a.lse = lse_x.data_ptr<double>();
   p.b.o = o_y.data_ptr(), p.b.lse = lse_y.data_ptr<double>();
   all.pair[1] = swapped(p);
-  launch_fwd(all, qk_x);
+  Regime regime(all, qk_x, resident_fwd);
+  if (regime.kernel.function) {
+    launch_resident_fwd(regime, qk_x);
+  } else {
+    launch_fwd(all, qk_x);
+  }
   return {o_x, o_y, lse_x, lse_y};
 }
 
@@ -219,8 +305,13 @@ std::vector<at::Tensor> bi_attention_bwd(
   p.a.dv = out.next(needs[2], v_x), p.b.dv = out.next(needs[3], v_y);
   all.pair[1] = swapped(p);
   launch_delta(all, qk_x);
-  launch_owner(all, Softmax::kBoth, qk_x);
-  if (needs[4]) out.grads.push_back(launch_dbias(all, *bias, Softmax::kBoth, qk_x));
+  Regime regime(all, qk_x, resident_bwd);
+  if (!regime.kernel.function) {
+    launch_owner(all, Softmax::kBoth, qk_x);
+  } else if (needs[0] || needs[1] || needs[2] || needs[3]) {
+    launch_resident_bwd(regime, qk_x);
+  }
+  if (needs[4]) out.grads.push_back(launch_dbias(all, *bias, true, x, y, qk_x));
   return out.grads;
 }
 
@@ -248,10 +339,10 @@ std::vector<at::Tensor> co_attention_bwd(
   Attention keys = all;
   for (Pair& p : keys.pair) p = swapped(p);
   launch_owner(keys, Softmax::kColumn, q_x);
-  if (needs[6]) out.grads.push_back(launch_dbias(all, *bias_xy, Softmax::kRow, q_x));
+  if (needs[6]) out.grads.push_back(launch_dbias(all, *bias_xy, false, up_x, up_y, q_x));
   if (needs[7]) {
     std::swap(all.pair[0], all.pair[1]);
-    out.grads.push_back(launch_dbias(all, *bias_yx, Softmax::kRow, q_x));
+    out.grads.push_back(launch_dbias(all, *bias_yx, false, up_y, up_x, q_x));
   }
   return out.grads;
 }

@@ -62,6 +62,23 @@ struct Tiles {
   Tile<T, kWidth> qk, v, d_o;
 };
 
+// Loads kRows rows of a stream: qk, v if its tokens are keys, d_o if they are queries. What is a
+// key alone may hold anything where it is masked.
+template <int kRows, int kThreads, bool kV, bool kGrad, typename T, int kWidth>
+__device__ inline void load_tiles(const Tiles<T, kWidth>& t, const Stream& s, int64_t width,
+                                  int64_t b, int64_t h, int row0) {
+  const Keep keys = kGrad ? Keep() : Keep(s.keep, b);
+  load_tile<kRows, kThreads>(t.qk, Matrix<T>(s.qk, b, h, s.rows, width), row0, keys);
+  if constexpr (kV) {
+    const Matrix<T> v(s.v, b, h, s.rows, s.width_v);
+    load_tile<kRows, kThreads>(t.v, v, row0, Keep(s.keep, b));
+  }
+  if constexpr (kGrad) {
+    const Matrix<T> d_o(s.d_o, b, h, s.rows, s.width_o);
+    load_tile<kRows, kThreads>(t.d_o, d_o, row0, Keep());
+  }
+}
+
 // s [16, 8 * kNT] of one warp into ds (before the clamp's gate) and pf_row, pf_col, which are the
 // probabilities after dropout. `cols`: b's statistics in shared memory.
 //   ds = p_row * (do_a @ v_b.T - delta_a) + p_col * (v_a @ do_b.T - delta_b)

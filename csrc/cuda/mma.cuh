@@ -31,7 +31,7 @@ using FragA = Frag<T, 4>;  // [16, kStep]
 template <typename T>
 using FragB = Frag<T, 2>;  // [kStep, 8]
 
-// x = hi + lo up to 2^-22; infinite and NaN stay in hi.
+// x = hi + lo up to 2^-24; infinite and NaN stay in hi.
 __device__ inline void split(uint32_t bits, uint32_t& hi, uint32_t& lo) {
   const float x = __uint_as_float(bits);
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(hi) : "f"(x));
@@ -58,6 +58,7 @@ template <typename T>
 __device__ inline void mma(float (&c)[4], const FragA<T>& a, const FragB<T>& b) {
   if constexpr (sizeof(T) == 4) {
     float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    mma_tf32(step, a.low, b.low);
     mma_tf32(step, a.low, b.r);
     mma_tf32(step, a.r, b.low);
     mma_tf32(step, a.r, b.r);
@@ -166,6 +167,18 @@ __device__ inline void from_acc(FragA<T>& f, const float (*c)[4]) {
   }
 }
 
+// Fragments of 16 rows of a 16-bit type as rows [row, row + 16) of a tile.
+template <typename T, int kSteps, int kWidth>
+__device__ inline void put_frags(Tile<T, kWidth> tile, int row, const FragA<T> (&p)[kSteps]) {
+  static_assert(sizeof(T) == 2 && kSteps * 16 == kWidth);
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kSteps * 4; ++i) {
+    const int r = row + lane / 4 + i % 2 * 8, col = i / 4 * 16 + i % 4 / 2 * 8 + lane % 4 * 2;
+    store_shared(tile.address(r, col), p[i / 4].r[i % 4]);
+  }
+}
+
 template <int kMT, int kNT>
 __device__ inline void clear(float (&c)[kMT][kNT][4]) {
 #pragma unroll
@@ -218,12 +231,30 @@ __device__ inline void dot_regs(float (&c)[kMT][kDT][4], const float (&p)[kMT][k
   }
 }
 
-// c[n, d] += sum_m a[m, row + n] * b[m, col + d] over kDepth rows of both tiles.
+// The same for 16 rows whose p is already in fragments.
+template <typename T, int kSteps, int kDT, int kWidth>
+__device__ inline void dot_frags(float (&c)[kDT][4], const FragA<T> (&p)[kSteps], Tile<T, kWidth> b,
+                                 int col) {
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+    for (int d = 0; d < kDT; d += 2) {
+      FragB<T> fb[2];
+      load_bt(fb, b, i * kStep<T>, col + 8 * d);
+      mma<T>(c[d], p[i], fb[0]);
+      mma<T>(c[d + 1], p[i], fb[1]);
+    }
+  }
+}
+
+// c[n, d] += sum_m a[m, row + n] * b[m, col + d] over the first `depth` of kDepth rows of both
+// tiles.
 template <int kDepth, typename T, int kMT, int kDT, int kWidthA, int kWidth>
 __device__ inline void dot_trans(float (&c)[kMT][kDT][4], Tile<T, kWidthA> a, int row,
-                                 Tile<T, kWidth> b, int col) {
+                                 Tile<T, kWidth> b, int col, int depth) {
 #pragma unroll
   for (int k = 0; k < kDepth; k += kStep<T>) {
+    if (k >= depth) break;
     FragA<T> fa[kMT];
 #pragma unroll
     for (int m = 0; m < kMT; ++m) load_at(fa[m], a, k, row + 16 * m);

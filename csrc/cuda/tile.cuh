@@ -24,6 +24,10 @@ __device__ inline uint32_t load_shared(uint32_t address) {
   return v;
 }
 
+__device__ inline void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
 // Rows of kWidth elements whose 16-byte chunks are permuted by row: eight lanes that read or write
 // one chunk column of eight rows touch all 32 banks. The base is a multiple of a row's bytes.
 template <typename T, int kWidth>
@@ -176,22 +180,17 @@ __device__ inline void walk(int n, const Load& load, const Body& body) {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// Writes a warp's accumulators c * factor, [16, 8 * kDT], as columns [col, ...) of rows
-// [row0, row0 + 16) of the contiguous `out` [rows, width]; `stage` are 16 rows of shared memory of
-// at least 8 * kDT elements that this warp alone uses.
-template <typename T, int kDT>
-__device__ inline void store_tile(T* out, int64_t row0, int64_t rows, int width, int col,
-                                  const float (&c)[kDT][4], Tile<T, 8 * kDT> stage) {
-  constexpr int kWidth = 8 * kDT;
+// A warp's accumulators as rows [row, row + 16) of a tile.
+template <typename T, int kDT, int kWidth>
+__device__ inline void put_tile(Tile<T, kWidth> tile, int row, const float (&c)[kDT][4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int d = 0; d < kDT; ++d) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t to = stage.address(lane / 4 + 8 * i, 8 * d + lane % 4 * 2);
+      const uint32_t to = tile.address(row + lane / 4 + 8 * i, 8 * d + lane % 4 * 2);
       if constexpr (sizeof(T) == 2) {
-        const uint32_t v = pack<T>(c[d][2 * i], c[d][2 * i + 1]);
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+        store_shared(to, pack<T>(c[d][2 * i], c[d][2 * i + 1]));
       } else {
         asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(to), "f"(c[d][2 * i]),
                      "f"(c[d][2 * i + 1])
@@ -199,8 +198,31 @@ __device__ inline void store_tile(T* out, int64_t row0, int64_t rows, int width,
       }
     }
   }
+}
+
+// A warp's accumulators as fp32 columns [col, ...) of rows [row0, row0 + 16) of `out` [rows,
+// width].
+template <int kDT>
+__device__ inline void put_rows(float* out, int row0, int64_t rows, int width, int col,
+                                const float (&c)[kDT][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kDT * 4; ++i) {
+    const int row = row0 + lane / 4 + i % 4 / 2 * 8, at = col + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (row < rows && at < width) out[int64_t{row} * width + at] = c[i / 4][i % 4];
+  }
+}
+
+// Writes a warp's accumulators, [16, 8 * kDT], as columns [col, ...) of rows [row0, row0 + 16) of
+// the contiguous `out` [rows, width]; `stage` are 16 rows of shared memory that this warp alone
+// uses.
+template <typename T, int kDT>
+__device__ inline void store_tile(T* out, int64_t row0, int64_t rows, int width, int col,
+                                  const float (&c)[kDT][4], Tile<T, 8 * kDT> stage) {
+  const int lane = threadIdx.x % 32;
+  put_tile(stage, 0, c);
   __syncwarp();
-  using Src = Tile<T, kWidth>;
+  using Src = Tile<T, 8 * kDT>;
   const bool vectors = width % Src::kPer16 == 0;
 #pragma unroll
   for (int i = 0; i < 16 * Src::kChunks; i += 32) {

@@ -54,4 +54,38 @@ struct OwnerBwd<4, 128> : Shape<32, 16, 4, 2, 2> {};
 template <>
 struct OwnerBwd<4, 256> : Shape<16, 16, 4, 4, 1> {};
 
+// The short stream of up to kCols_ tokens stays resident, the long one passes in tiles of kRows.
+// Its results, [kCols, width], are spread over the warps: kGroups of 16 * kMC rows, and columns.
+template <int kWidth, int kRows_, int kCols_, int kWarps_, int kStages_>
+struct ResidentShape : Shape<kRows_, kCols_, kWarps_, 1, kStages_> {
+  static constexpr int kGroups = kCols_ / 16 < kWarps_ ? kCols_ / 16 : kWarps_;
+  static constexpr int kMC = kCols_ / 16 / kGroups, kDC = kWidth / 8 * kGroups / kWarps_;
+  static_assert(kMC * kGroups * 16 == kCols_ && kDC * 8 * kWarps_ == kWidth * kGroups);
+  static constexpr int kChunk = kWidth < kCols_ ? kWidth : kCols_ < 64 ? kCols_ : 64;
+};
+
+template <int kWidth, int kCols>
+struct ResidentFwd;  // 16-bit types; short streams of up to kCols tokens
+template <>
+struct ResidentFwd<32, 64> : ResidentShape<32, 64, 64, 4, 2> {};
+template <>
+struct ResidentFwd<32, 128> : ResidentShape<32, 128, 128, 8, 2> {};
+template <>
+struct ResidentFwd<64, 64> : ResidentShape<64, 64, 64, 4, 2> {};
+template <>
+struct ResidentFwd<64, 128> : ResidentShape<64, 128, 128, 8, 2> {};  // 128 KiB
+template <>
+struct ResidentFwd<128, 64> : ResidentShape<128, 64, 64, 4, 2> {};  // 104 KiB
+template <>
+struct ResidentFwd<256, 32> : ResidentShape<256, 64, 32, 4, 1> {};  // 100 KiB
+
+template <int kWidth>
+struct ResidentBwd;
+template <>
+struct ResidentBwd<32> : ResidentShape<32, 64, 64, 4, 2> {};
+template <>
+struct ResidentBwd<64> : ResidentShape<64, 64, 64, 4, 2> {};
+template <>
+struct ResidentBwd<128> : ResidentShape<128, 64, 32, 4, 1> {};
+
 }  // namespace fmm::cuda

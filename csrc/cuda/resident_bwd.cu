@@ -1,0 +1,192 @@
+// Backward of bi_attention where one stream is short: it and its gradients stay on the chip while
+// the other passes by; seven products a tile, ds of both softmaxes added before the last two.
+#include "attention_kernels.h"
+#include "ds.cuh"
+#include "tuning.h"
+
+namespace fmm::cuda {
+namespace {
+
+// Shared memory: b's tiles; per stage a's tiles; ds and pf_row of a tile; b's statistics.
+template <typename T, int kWidth, typename S>
+struct Layout {
+  static constexpr uint32_t kB = S::kCols * kWidth * sizeof(T), kA = S::kRows * kWidth * sizeof(T);
+  static constexpr uint32_t kP = 3 * (kB + S::kStages * kA);
+  static constexpr uint32_t kEachP = S::kRows * S::kCols * sizeof(T);
+  static constexpr uint32_t kStat = kP + 2 * kEachP;
+  static constexpr uint32_t kBytes = kStat + kStats * S::kCols * sizeof(float);
+
+  static __device__ Tiles<T, kWidth> resident(uint32_t at) {
+    return {{at}, {at + kB}, {at + 2 * kB}};
+  }
+  static __device__ Tiles<T, kWidth> stage(uint32_t base, int i) {
+    const uint32_t at = base + 3 * (kB + i * kA);
+    return {{at}, {at + kA}, {at + 2 * kA}};
+  }
+};
+
+// out[m, d] = factor * sum_n p[m, n] * b[n, d] of a warp's 16 rows, written in chunks of columns.
+template <typename S, typename T, int kSteps, int kWidth>
+__device__ inline void finish_rows(void* out, int64_t head, int64_t rows, int64_t end, int row0,
+                                   int64_t width, const FragA<T> (&p)[kSteps], Tile<T, kWidth> b,
+                                   const float (&factor)[2], Tile<T, S::kChunk> room) {
+  T* to = static_cast<T*>(out) + head * rows * width;
+#pragma unroll 1
+  for (int col = 0; col < width; col += S::kChunk) {
+    float c[1][S::kChunk / 8][4];
+    clear(c);
+    dot_frags(c[0], p, b, col);
+#pragma unroll
+    for (int i = 0; i < S::kChunk / 2; ++i) {
+      float& x = c[0][i / 4][i % 4];
+      x = factor[i % 4 / 2] == 0.0f ? 0.0f : x * factor[i % 4 / 2];
+    }
+    store_tile<T>(to, row0, end, static_cast<int>(width), col, c[0], room);
+  }
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads)
+    resident_bwd_kernel(const __grid_constant__ Resident p) {
+  using S = ResidentBwd<kWidth>;
+  using L = Layout<T, kWidth, S>;
+  constexpr int kNT = S::kNT, kMC = S::kMC, kDC = S::kDC, kSteps = S::kCols / kStep<T>;
+  static_assert(S::kMT == 1 && sizeof(T) == 2);
+  extern __shared__ __align__(1024) char smem[];
+  const Attention& all = p.all;
+  const Pair& pair = all.pair[0];
+  const Stream &a = pair.a, &other = pair.b;
+  const int64_t heads = all.B * all.H;
+  const int64_t head = blockIdx.x / p.chunks, b = head / all.H, h = head % all.H;
+  const int start = static_cast<int>(blockIdx.x % p.chunks * p.chunk);
+  const int end = static_cast<int>(min(start + p.chunk, a.rows));
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = warp * 16;
+  const int group0 = warp % S::kGroups * 16 * kMC, col0 = warp / S::kGroups * 8 * kDC;
+
+  const uint32_t base = shared_address(smem);
+  const Tiles<T, kWidth> tb = L::resident(base);
+  const Tile<T, S::kCols> ds_rows{base + L::kP}, pf_rows{ds_rows.base + L::kEachP};
+  const uint32_t at = ds_rows.base + row0 * S::kCols * static_cast<uint32_t>(sizeof(T));
+  const Tile<T, S::kChunk> room{at};
+  const Keep keep_a(a.keep, b), keep_b(other.keep, b);
+  const float centre = centre_of(pair, head);
+
+  load_tiles<S::kCols, S::kThreads, true, true>(tb, other, pair.width, b, h, 0);
+  load_stats<S::kCols, S::kThreads>(base + L::kStat, other, head, 0, heads);
+  float dqk[kMC][kDC][4], dv[kMC][kDC][4];
+  clear(dqk);
+  clear(dv);
+  const auto load = [&](int j, int stage) {
+    load_tiles<S::kRows, S::kThreads, true, true>(L::stage(base, stage), a, pair.width, b, h,
+                                                  start + j * S::kRows);
+  };
+  walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
+    const Tiles<T, kWidth> ta = L::stage(base, stage);
+    const int m0 = start + j * S::kRows;
+    FragA<T> frag[kSteps];
+    {
+      const RowStats stats(a, keep_a, head, m0 + row0, centre, heads);
+      float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
+      uint64_t passes[1];
+      ds_tile<true, true>(ds, pf_row, pf_col, passes, all, pair, b, h, ta, tb, base + L::kStat,
+                          stats, centre, row0, m0 + row0, 0);
+#pragma unroll
+      for (int i = 0; i < kNT * 4; ++i) {
+        const bool on = m0 + row0 + lane / 4 + i % 4 / 2 * 8 < a.rows;
+        ds[0][i / 4][i % 4] = on ? gate(passes[0], i, ds[0][i / 4][i % 4]) : 0.0f;
+        if (!on) pf_row[0][i / 4][i % 4] = 0.0f;
+      }
+      if (a.dv) {
+        const float factor[2] = {stats.keep[0] ? 1.0f : 0.0f, stats.keep[1] ? 1.0f : 0.0f};
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &pf_col[0][2 * i]);
+        finish_rows<S>(a.dv, head, a.rows, end, m0 + row0, a.width_v, frag, tb.d_o, factor, room);
+      }
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &ds[0][2 * i]);
+      put_tile(pf_rows, row0, pf_row[0]);
+    }
+    if (a.dqk) {
+      const float factor[2] = {pair.scale, pair.scale};
+      finish_rows<S>(a.dqk, head, a.rows, end, m0 + row0, pair.width, frag, tb.qk, factor, room);
+    }
+    put_frags(ds_rows, row0, frag);
+    __syncthreads();  // orders the writes of ds and pf_row before their reads
+    if (other.dqk) dot_trans<S::kRows>(dqk, ds_rows, group0, ta.qk, col0, end - m0);
+    if (other.dv) dot_trans<S::kRows>(dv, pf_rows, group0, ta.d_o, col0, end - m0);
+  });
+
+  __syncthreads();  // orders the last reads of shared memory before the results
+  const Tile<T, 8 * kDC> to{base + warp * 16 * 8 * kDC * static_cast<uint32_t>(sizeof(T))};
+  const int64_t rows = other.rows, width = pair.width, width_v = other.width_v;
+#pragma unroll
+  for (int m = 0; m < kMC; ++m) {
+    const int first = group0 + 16 * m;
+#pragma unroll
+    for (int i = 0; i < kDC * 4; ++i) {
+      const int n = first + lane / 4 + i % 4 / 2 * 8;
+      dqk[m][i / 4][i % 4] *= pair.scale;
+      if (n < rows && !keep_b.at(n)) dv[m][i / 4][i % 4] = 0.0f;
+    }
+    if (p.chunks > 1) {
+      float* part = p.part + blockIdx.x * rows * (width + width_v);
+      put_rows(part, first, rows, static_cast<int>(width), col0, dqk[m]);
+      put_rows(part + rows * width, first, rows, static_cast<int>(width_v), col0, dv[m]);
+    } else {
+      if (other.dqk) {
+        T* out = static_cast<T*>(other.dqk) + head * rows * width;
+        store_tile<T>(out, first, rows, static_cast<int>(width), col0, dqk[m], to);
+      }
+      if (other.dv) {
+        T* out = static_cast<T*>(other.dv) + head * rows * width_v;
+        store_tile<T>(out, first, rows, static_cast<int>(width_v), col0, dv[m], to);
+      }
+    }
+  }
+}
+
+// The resident stream's gradients from the chunks' shares, in order; one thread a number.
+template <typename T>
+__global__ void __launch_bounds__(128) sum_kernel(const __grid_constant__ Resident p) {
+  const Stream& s = p.all.pair[0].b;
+  const int64_t one = s.rows * p.all.pair[0].width, both = one + s.rows * s.width_v;
+  const int64_t i = int64_t{blockIdx.x} * 128 + threadIdx.x;
+  if (i >= p.all.B * p.all.H * both) return;
+  const int64_t head = i / both, at = i % both;
+  float sum = 0.0f;
+  for (int64_t c = 0; c < p.chunks; ++c) sum += p.part[(head * p.chunks + c) * both + at];
+  if (at < one) {
+    if (s.dqk) static_cast<T*>(s.dqk)[head * one + at] = static_cast<T>(sum);
+  } else if (s.dv) {
+    static_cast<T*>(s.dv)[head * (both - one) + at - one] = static_cast<T>(sum);
+  }
+}
+
+template <typename T, int kWidth>
+Kernel kernel() {
+  using S = ResidentBwd<kWidth>;
+  return {reinterpret_cast<const void*>(&resident_bwd_kernel<T, kWidth>), S::kRows, S::kCols,
+          S::kThreads, static_cast<int>(Layout<T, kWidth, S>::kBytes)};
+}
+
+}  // namespace
+
+Kernel resident_bwd(DType dtype, int width, int64_t cols) {
+  return pick(dtype, width, [cols](auto type, auto w) {
+    using T = typename decltype(type)::Type;
+    constexpr int kW = w;
+    if constexpr (sizeof(T) == 2 && kW <= 128) {
+      if (cols <= ResidentBwd<kW>::kCols) return kernel<T, kW>();
+    }
+    return Kernel{};
+  });
+}
+
+Kernel sum_chunks(DType dtype) {
+  return pick(dtype, 32, [](auto type, auto) {
+    using T = typename decltype(type)::Type;
+    return Kernel{reinterpret_cast<const void*>(&sum_kernel<T>), 128, 0, 128, 0};
+  });
+}
+
+}  // namespace fmm::cuda

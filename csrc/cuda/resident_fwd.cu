@@ -1,0 +1,368 @@
+// Forward of bi_attention where one stream is short: it stays in shared memory while the other
+// passes by, with one s and one exp for both directions; three products a tile. In base 2:
+//
+//   e = 2^(s - u), u[m] = max_n s;  p_row = e;  p_col = e * 2^(u - top) * gain, gain[n] = 2^(top -
+//   ref)
+//
+// `top` and the columns' references stay until a tile exceeds one by 2^11 or lies out of reach of
+// fp32; then they are set anew and the sums rescaled, as for the first tile.
+#include "attention_kernels.h"
+#include "softmax.cuh"
+#include "tuning.h"
+
+namespace fmm::cuda {
+namespace {
+
+// What a block knows of the resident stream's tokens.
+template <typename S>
+struct Columns {
+  float ref[S::kCols], gain[S::kCols], alpha[S::kCols], total[S::kCols];
+  float most[S::kWarps][S::kCols], top[S::kWarps];
+};
+
+// Shared memory: b's qk and v; per stage a's qk and v; p_col; Columns.
+template <typename T, int kWidth, typename S>
+struct Layout {
+  static constexpr uint32_t kB = S::kCols * kWidth * sizeof(T), kA = S::kRows * kWidth * sizeof(T);
+  static constexpr uint32_t kP = 2 * kB + 2 * S::kStages * kA;
+  static constexpr uint32_t kState = kP + S::kRows * S::kCols * sizeof(T);
+  static constexpr uint32_t kBytes = kState + sizeof(Columns<S>);
+
+  static __device__ uint32_t stage(uint32_t base, int i) { return base + 2 * kB + 2 * i * kA; }
+};
+
+__device__ inline float column_max(float x) {
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
+// New references from this tile's s: ref = max(ref, the column's maximum), top = max u, both over
+// rows that are keys; alpha = 2^(old ref - ref). Returns top, and whether p_col lies within e's
+// reach.
+template <typename S>
+__device__ inline bool set_references(Columns<S>& c, float& top, const float (&s)[S::kNT][4],
+                                      const float (&u)[2], const bool (&keep)[2], float unit,
+                                      int64_t cols) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < S::kNT * 2; ++i) {
+    const float* x = s[i / 2] + i % 2;
+    const float most = column_max(fmaxf(keep[0] ? x[0] : -kInf, keep[1] ? x[2] : -kInf));
+    if (lane < 4) c.most[warp][i / 2 * 8 + lane * 2 + i % 2] = most * unit;
+  }
+  const float mine = column_max(fmaxf(keep[0] ? u[0] : -kInf, keep[1] ? u[1] : -kInf));
+  if (lane == 0) c.top[warp] = mine;
+  __syncthreads();  // orders the warps' maxima before their joint ones
+  top = -kInf;
+#pragma unroll
+  for (int w = 0; w < S::kWarps; ++w) top = fmaxf(top, c.top[w]);
+  top = finite_or(top, 0.0f);
+  bool lost = false;
+  for (int n = threadIdx.x; n < S::kCols; n += S::kThreads) {
+    float ref = c.ref[n];
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) ref = fmaxf(ref, c.most[w][n]);
+    const float safe = finite_or(ref, 0.0f), reach = top - safe;
+    c.alpha[n] = exp2_fast(c.ref[n] - safe);
+    c.ref[n] = ref;
+    c.gain[n] = ref == -kInf ? 0.0f : exp2_fast(reach);
+    lost = lost || (n < cols && (ref == -kInf || !(fabsf(reach) <= 80.0f)));
+  }
+  return !__syncthreads_or(lost);  // and orders the new state before its use
+}
+
+template <typename T, int kWidth, int kCols>
+__global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads)
+    resident_fwd_kernel(const __grid_constant__ Resident p) {
+  using S = ResidentFwd<kWidth, kCols>;
+  using L = Layout<T, kWidth, S>;
+  constexpr int kNT = S::kNT, kMC = S::kMC, kDC = S::kDC, kSteps = kCols / kStep<T>;
+  static_assert(S::kMT == 1 && sizeof(T) == 2);
+  extern __shared__ __align__(1024) char smem[];
+  const Attention& all = p.all;
+  const Pair& pair = all.pair[0];
+  const Stream &a = pair.a, &other = pair.b;
+  const int64_t head = blockIdx.x / p.chunks, b = head / all.H, h = head % all.H;
+  const int start = static_cast<int>(blockIdx.x % p.chunks * p.chunk);
+  const int end = static_cast<int>(min(start + p.chunk, a.rows));
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = warp * 16;
+  const int group0 = warp % S::kGroups * 16 * kMC, col0 = warp / S::kGroups * 8 * kDC;
+
+  const uint32_t base = shared_address(smem);
+  const Tile<T, kWidth> qk_b{base}, v_b{base + L::kB};
+  const Tile<T, kCols> p_col{base + L::kP};
+  const Tile<T, S::kChunk> room{p_col.base + row0 * kCols * static_cast<uint32_t>(sizeof(T))};
+  Columns<S>& state = *reinterpret_cast<Columns<S>*>(smem + L::kState);
+  const Matrix<T> qk_as(a.qk, b, h, a.rows, pair.width), v_as(a.v, b, h, a.rows, a.width_v);
+  const Keep keep_a(a.keep, b), keep_b(other.keep, b);
+  const ColumnBits<kNT> kept(keep_b, 0, other.rows), inside(Keep(), 0, other.rows);
+  const float unit = unit_of(pair);
+
+  load_tile<kCols, S::kThreads>(qk_b, Matrix<T>(other.qk, b, h, other.rows, pair.width), 0, Keep());
+  load_tile<kCols, S::kThreads>(v_b, Matrix<T>(other.v, b, h, other.rows, other.width_v), 0,
+                                keep_b);
+  for (int n = threadIdx.x; n < kCols; n += S::kThreads) state.ref[n] = -kInf;
+  float acc[kMC][kDC][4], total[kNT][2], top = 0.0f;
+  clear(acc);
+#pragma unroll
+  for (int i = 0; i < 2 * kNT; ++i) total[i / 2][i % 2] = 0.0f;
+  bool stale = true;
+
+  const auto load = [&](int j, int stage) {
+    const Tile<T, kWidth> qk{L::stage(base, stage)}, v{qk.base + L::kA};
+    load_tile<S::kRows, S::kThreads>(qk, qk_as, start + j * S::kRows, Keep());
+    load_tile<S::kRows, S::kThreads>(v, v_as, start + j * S::kRows, keep_a);
+  };
+  walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
+    const Tile<T, kWidth> qk_a{L::stage(base, stage)}, v_a{qk_a.base + L::kA};
+    const int m0 = start + j * S::kRows, row = m0 + row0 + lane / 4;
+    const bool keep[2] = {row < a.rows && keep_a.at(row), row + 8 < a.rows && keep_a.at(row + 8)};
+    float s[1][kNT][4], u[2];
+    const auto scores = [&] {
+      uint64_t passes[1];
+      clear(s);
+      dot_tile(s, qk_a, row0, qk_b);
+      s_tile(s, pair, b, h, m0 + row0, 0, passes);
+      if (!inside.all) {
+#pragma unroll
+        for (int i = 0; i < kNT * 4; ++i) {
+          if (!inside.has(i / 4, i % 4)) s[0][i / 4][i % 4] = -kInf;
+        }
+      }
+    };
+    const auto new_references = [&] {
+      const bool near = set_references(state, top, s[0], u, keep, unit, other.rows);
+#pragma unroll
+      for (int i = 0; i < kMC * kDC * 4; ++i) {
+        const int m = i / (kDC * 4), d = i / 4 % kDC, r = i % 4 / 2;
+        acc[m][d][i % 4] *= state.alpha[group0 + 16 * m + lane / 4 + 8 * r];
+      }
+#pragma unroll
+      for (int i = 0; i < kNT * 2; ++i) {
+        total[i / 2][i % 2] *= state.alpha[i / 2 * 8 + lane % 4 * 2 + i % 2];
+      }
+      return near;
+    };
+
+    scores();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float most = -kInf;
+#pragma unroll
+      for (int i = 0; i < 2 * kNT; ++i) {
+        const float x = s[0][i / 2][2 * r + i % 2];
+        most = fmaxf(most, kept.all || kept.has(i / 2, i) ? x : -kInf);
+      }
+      u[r] = finite_or(quad_max(most) * unit, 0.0f);
+    }
+    const bool near = !stale || new_references();
+
+    // Rows: o = e @ v_b / sum.
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < 4 * kNT; ++i) {
+      float& x = s[0][i / 4][i % 4];
+      x = exp2_fast(fmaf(x, unit, -u[i % 4 / 2]));
+      sum[i % 4 / 2] += kept.all || kept.has(i / 4, i % 4) ? x : 0.0f;
+    }
+    FragA<T> frag[kSteps];
+    if (kept.all && !all.dropout.on) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &s[0][2 * i]);
+    } else {
+      uint64_t on[1] = {~uint64_t{0}};
+      if (all.dropout.on) {
+        drop_bits<1, kNT>(on, all.dropout, pair.drop_a, pair.flip, head, m0 + row0, 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        float x[2][4];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int n = 2 * i + e / 4;
+          x[e / 4][e % 4] = kept.has(n, e % 4) ? s[0][n][e % 4] * all.dropout.factor : 0.0f;
+          x[e / 4][e % 4] = gate(on[0], n * 4 + e % 4, x[e / 4][e % 4]);
+        }
+        from_acc(frag[i], x);
+      }
+    }
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] = quad_sum(sum[r]);
+      inverse[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+      if (lane % 4 == 0 && row + 8 * r < end) {
+        const double lse2 = static_cast<double>(u[r]) + log2f(sum[r]);
+        a.lse[head * a.rows + row + 8 * r] = sum[r] == 0.0f ? -kInf : lse2 * kLn2;
+      }
+    }
+    T* out = static_cast<T*>(a.o) + head * a.rows * a.width_o;
+#pragma unroll 1
+    for (int col = 0; col < a.width_o; col += S::kChunk) {
+      float o[1][S::kChunk / 8][4];
+      clear(o);
+      dot_frags(o[0], frag, v_b, col);
+#pragma unroll
+      for (int i = 0; i < S::kChunk / 2; ++i) o[0][i / 4][i % 4] *= inverse[i % 4 / 2];
+      store_tile<T>(out, m0 + row0, end, static_cast<int>(a.width_o), col, o[0], room);
+    }
+
+    // Columns: p_col to shared memory, its sums, and p_col.T @ v_a.
+    float part[kNT][2];
+    const auto emit = [&] {
+#pragma unroll
+      for (int n = 0; n < kNT; ++n) {
+        part[n][0] = s[0][n][0] + s[0][n][2], part[n][1] = s[0][n][1] + s[0][n][3];
+      }
+      if (all.dropout.on) {
+        uint64_t on[1];
+        drop_bits<1, kNT>(on, all.dropout, pair.drop_b, pair.flip, head, m0 + row0, 0);
+        drop_tile(s[0], on[0], all.dropout.factor);
+      }
+      put_tile(p_col, row0, s[0]);
+    };
+    bool over = !near;
+    if (near) {
+      const float r[2] = {exp2_fast(u[0] - top), exp2_fast(u[1] - top)};
+#pragma unroll
+      for (int n = 0; n < kNT; ++n) {
+        const float2 gain = *reinterpret_cast<float2*>(&state.gain[n * 8 + lane % 4 * 2]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[0][n][i] *= r[i / 2] * (i % 2 ? gain.y : gain.x);
+      }
+      if (!keep[0] || !keep[1]) {
+#pragma unroll
+        for (int i = 0; i < 4 * kNT; ++i) {
+          if (!keep[i % 4 / 2]) s[0][i / 4][i % 4] = 0.0f;  // also where e is not a number
+        }
+      }
+      emit();
+      over = (keep[0] && u[0] - top > 40.0f) || (keep[1] && u[1] - top > 40.0f);
+#pragma unroll
+      for (int i = 0; i < 2 * kNT; ++i) over = over || !(part[i / 2][i % 2] <= 2048.0f);
+    }
+    stale = false;
+    if (__syncthreads_or(over)) {  // and orders the writes of p_col before its reads
+      scores();
+      stale = !new_references();
+#pragma unroll
+      for (int i = 0; i < 4 * kNT; ++i) {
+        const float ref = finite_or(state.ref[i / 4 * 8 + lane % 4 * 2 + i % 2], 0.0f);
+        float& x = s[0][i / 4][i % 4];
+        x = keep[i % 4 / 2] ? exp2_fast(fmaf(x, unit, -ref)) : 0.0f;
+      }
+      emit();
+      __syncthreads();  // orders the writes of p_col before its reads
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kNT; ++i) total[i / 2][i % 2] += part[i / 2][i % 2];
+    dot_trans<S::kRows>(acc, p_col, group0, v_a, col0, end - m0);
+  });
+
+  __syncthreads();  // orders the last reads of shared memory before its next use
+#pragma unroll
+  for (int i = 0; i < 2 * kNT; ++i) {
+    float x = total[i / 2][i % 2];
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
+    if (lane < 4) state.most[warp][i / 2 * 8 + lane * 2 + i % 2] = x;
+  }
+  __syncthreads();  // orders the warps' sums before their joint ones
+  for (int n = threadIdx.x; n < kCols; n += S::kThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) sum += state.most[w][n];
+    state.total[n] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const double lse2 =
+        sum == 0.0f ? -kInf : static_cast<double>(finite_or(state.ref[n], 0.0f)) + log2f(sum);
+    if (n < other.rows) {
+      if (p.chunks > 1) {
+        p.part_lse[blockIdx.x * other.rows + n] = lse2;
+      } else {
+        other.lse[head * other.rows + n] = lse2 * kLn2;
+      }
+    }
+  }
+  __syncthreads();  // orders the factors before their reads
+  const int width = static_cast<int>(other.width_o);
+#pragma unroll
+  for (int m = 0; m < kMC; ++m) {
+#pragma unroll
+    for (int i = 0; i < kDC * 4; ++i) {
+      acc[m][i / 4][i % 4] *= state.total[group0 + 16 * m + lane / 4 + i % 4 / 2 * 8];
+    }
+    if (p.chunks > 1) {
+      float* to = p.part + blockIdx.x * other.rows * width;
+      put_rows(to, group0 + 16 * m, other.rows, width, col0, acc[m]);
+    } else {
+      const Tile<T, 8 * kDC> at{base + warp * 16 * 8 * kDC * static_cast<uint32_t>(sizeof(T))};
+      T* to = static_cast<T*>(other.o) + head * other.rows * width;
+      store_tile<T>(to, group0 + 16 * m, other.rows, width, col0, acc[m], at);
+    }
+  }
+}
+
+// o and lse of the resident stream from the chunks' shares, in order. A warp owns a row.
+template <typename T>
+__global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ Resident p) {
+  const Stream& s = p.all.pair[0].b;
+  const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
+  if (row >= p.all.B * p.all.H * s.rows) return;
+  const int64_t first = row / s.rows * p.chunks * s.rows + row % s.rows;
+  double top = -kInf, total = 0.0;
+  for (int64_t c = 0; c < p.chunks; ++c) top = fmax(top, p.part_lse[first + c * s.rows]);
+  if (top == -kInf) top = 0.0;
+  for (int64_t c = 0; c < p.chunks; ++c) {
+    total += exp2f(static_cast<float>(p.part_lse[first + c * s.rows] - top));
+  }
+  for (int64_t d = threadIdx.x % 32; d < s.width_o; d += 32) {
+    float sum = 0.0f;
+    for (int64_t c = 0; c < p.chunks; ++c) {
+      const float weight = exp2f(static_cast<float>(p.part_lse[first + c * s.rows] - top));
+      sum += weight * p.part[(first + c * s.rows) * s.width_o + d];
+    }
+    const float o = total == 0.0 ? 0.0f : sum / static_cast<float>(total);
+    static_cast<T*>(s.o)[row * s.width_o + d] = static_cast<T>(o);
+  }
+  if (threadIdx.x % 32 == 0) {
+    const double lse2 = top + log2f(static_cast<float>(total));
+    s.lse[row] = total == 0.0 ? -kInf : lse2 * kLn2;
+  }
+}
+
+template <typename T, int kWidth, int kCols>
+Kernel kernel() {
+  using S = ResidentFwd<kWidth, kCols>;
+  return {reinterpret_cast<const void*>(&resident_fwd_kernel<T, kWidth, kCols>), S::kRows, kCols,
+          S::kThreads, static_cast<int>(Layout<T, kWidth, S>::kBytes)};
+}
+
+}  // namespace
+
+Kernel resident_fwd(DType dtype, int width, int64_t cols) {
+  return pick(dtype, width, [cols](auto type, auto w) {
+    using T = typename decltype(type)::Type;
+    constexpr int kW = w;
+    if constexpr (sizeof(T) == 2) {
+      if constexpr (kW == 256) {
+        if (cols <= 32) return kernel<T, kW, 32>();
+      } else {
+        if (cols <= 64) return kernel<T, kW, 64>();
+        if constexpr (kW < 128) {
+          if (cols <= 128) return kernel<T, kW, 128>();
+        }
+      }
+    }
+    return Kernel{};
+  });
+}
+
+Kernel merge(DType dtype) {
+  return pick(dtype, 32, [](auto type, auto) {
+    using T = typename decltype(type)::Type;
+    return Kernel{reinterpret_cast<const void*>(&merge_kernel<T>), 4, 0, 128, 0};
+  });
+}
+
+}  // namespace fmm::cuda
