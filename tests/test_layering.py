@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "ops": {"dispatch", "backends", *LEAVES},
     "distributed": {"ops", "dispatch", "backends", *LEAVES},
     "dispatch": {"backends", *LEAVES},
-    "backends": {"_C", *LEAVES},
+    "backends": {"_C", "_C_cuda", *LEAVES},
     "tuning": LEAVES,
     "problem": {"check"},
     "check": set(),
@@ -54,7 +54,7 @@ def _imports(path: pathlib.Path) -> Iterator[str]:
 
 def _layer(dotted: str) -> str:
     first = dotted.split(".")[0]
-    known = {*MAY_IMPORT, "_C", "models", "train", "testing", "_build_info"}
+    known = {*MAY_IMPORT, "_C", "_C_cuda", "models", "train", "testing", "_build_info"}
     return first if first in known else ""
 
 
