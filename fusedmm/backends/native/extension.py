@@ -34,8 +34,8 @@ def reject(problem) -> list[str]:
     missing = MISSING_CUDA if on_cuda else MISSING
     if missing:
         return [missing]
-    if on_cuda and not _fits_device():
-        return [f"compiled for {archs()}, which this device cannot run"]
+    if on_cuda and _unfit():
+        return [_unfit()]
     if problem.dtype not in _DTYPES:
         return [f"{problem.dtype} not in float32, float16, bfloat16"]
     return []
@@ -57,16 +57,18 @@ def reject_attention(problem) -> list[str]:
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def _fits_device() -> bool:
-    """Whether the current device runs code that was compiled for one of `archs`."""
+def _unfit() -> str:
+    """Why the current device cannot run code that was compiled for `archs`, or ""."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     for arch in archs().split():
         built = tuple(int(n) for n in arch.removesuffix("+PTX").split("."))
         if built[0] == major and built[1] <= minor:
-            return True
+            return ""
         if arch.endswith("+PTX") and built <= (major, minor):
-            return True
-    return False
+            return ""
+    return f"compiled for {archs()}, which sm_{major}{minor} cannot run"
 
 
 def isa() -> str:
