@@ -168,6 +168,9 @@ def write_page(page: Path, store: Path, recipes: list[str]) -> None:
         "machine": "\n".join(f"- {line}" for line in machines),
         "figures": figure_table(all_metrics),
     }
+    compared = {n: m["comparison"] for n, m in all_metrics.items() if m.get("comparison")}
+    if compared:
+        parts["compared"] = comparison_table(compared)
     end_to_end = store / "end_to_end.json"
     if end_to_end.exists():
         kept = json.loads(end_to_end.read_text())
