@@ -62,8 +62,9 @@ class TestBiAttention(AttentionSuite):
         assert all(t.isfinite().all() for t in harness.run(far, backend).values())
 
     def test_clamp_limits_the_scores_before_the_bias(self, backend, device):
-        case = self.case(AttentionShape(1, 1, 131, 101, 16, 8), gain=400.0, mask=False)
-        bias = torch.full((1, 1, 1, 1), 7.0)
+        shape = AttentionShape(1, 1, 131, 101, 16, 8)
+        case = self.case(shape, gain=400.0, mask=False, device=device)
+        bias = torch.full((1, 1, 1, 1), 7.0, device=device)
         clamped = harness.accepted(case.replace(clamp=2.0), backend)
         _, _, lse_x, _ = fused(clamped, backend)
         limit = 2.0 + torch.tensor(101.0).log().item()
@@ -94,7 +95,8 @@ class TestBiAttention(AttentionSuite):
 
     def test_self_attention_symmetry(self, backend, device):
         """The same stream on both sides: both outputs agree up to the order of summation."""
-        case = make_case(self.op, AttentionShape(2, 2, 259, 259, 32, 32), return_lse=True)
+        shape = AttentionShape(2, 2, 259, 259, 32, 32)
+        case = make_case(self.op, shape, return_lse=True, device=device)
         t = case.tensors
         same = harness.accepted(case.replace(qk_y=t["qk_x"], v_y=t["v_x"]), backend)
         o_x, o_y, lse_x, lse_y = fused(same, backend)

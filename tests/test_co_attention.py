@@ -38,7 +38,8 @@ class TestCoAttention(AttentionSuite):
 
     def test_directions_are_swaps(self, backend, device):
         """Exchanging the streams exchanges the outputs, bit for bit."""
-        case = harness.accepted(self.case(AttentionShape(2, 2, 131, 101, 24, 24)), backend)
+        shape = AttentionShape(2, 2, 131, 101, 24, 24)
+        case = harness.accepted(self.case(shape, device=device), backend)
         o_x, o_y, lse_x, lse_y = fused(case, backend)
         t, o = case.tensors, case.options
         swapped = case.replace(

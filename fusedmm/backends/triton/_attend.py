@@ -18,13 +18,13 @@ from ._tile import (
     LOG2E,
     dot_tile,
     dropped,
+    exp_from,
     finite_or,
     head,
     kept,
     load_row,
     load_tile,
     lse_of,
-    natural_of,
     p_from_lse,
     s_tile,
     split_lse,
@@ -112,18 +112,19 @@ def _fwd(
         s, _ = s_tile(q, k, t.score, t.bias, bh, H, offs_m, offs_n, t.M, t.N)
         if not full:
             s = tl.where(keep_n[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
+        # In base 2 and rounded once, so that `top` cancels exactly however large s is.
+        new_top = tl.maximum(top, tl.max(s, 1) * unit)
         safe = finite_or(new_top, 0.0)
-        p = tl.exp2(s * unit - (safe * unit)[:, None])
-        alpha = tl.exp2((top - safe) * unit)
+        p = exp_from(s, unit, safe[:, None])
+        alpha = tl.exp2(top - safe)
         total = total * alpha + tl.sum(p, 1)
         if drop.ON:
             p = dropped(p, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
         v = load_tile(v_ptr, t.v, offs_n, keep_n, full, t.DV, BLOCK_DV)
         acc = acc * alpha[:, None] + dot_tile(p, v)
         top = new_top
-    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = lse_of(total, top, natural_of(t.score))
+    o = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    lse = lse_of(total, top)
     store_tile(head(t.o, bh, H), t.o, offs_m, t.M, o, t.DV, BLOCK_DV)
     store_row(t.lse, bh, offs_m, t.M, lse)
 

@@ -9,6 +9,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+FUSED = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter's tl.fma refuses tensors
 
 
 @triton.jit
@@ -69,8 +70,8 @@ def dot_tile(a, b):
 
 @triton.jit
 def s_tile(a, b, score, bias, bh, H, offs_m, offs_n, M, N):
-    """Raw scores [BLOCK_M, BLOCK_N], and where the clamp passes gradient. Raw times `natural_of` is
-    s = clamp(scale * a @ b.T) + bias, raw times `unit_of` is s in base 2.
+    """Raw scores [BLOCK_M, BLOCK_N], and where the clamp passes gradient. Raw is
+    s = clamp(scale * a @ b.T) + bias, but for a scale that `unit_of` has; times that, s in base 2.
 
     Entries outside [M, N] are what the zero rows of a and b give: the caller masks them.
     """
@@ -96,21 +97,24 @@ def unit_of(score):
 
 
 @triton.jit
-def natural_of(score):
-    """What turns raw scores into s."""
-    return score.scale if score.PLAIN else 1.0
-
-
-@triton.jit
 def finite_or(x, other):
     """x, with -inf replaced: the only guard of (-inf) - (-inf)."""
     return tl.where(x == float("-inf"), other, x)
 
 
 @triton.jit
-def lse_of(total, top, natural):
-    """log(total * exp(top * natural)), -inf for an empty sum."""
-    return tl.where(total == 0.0, float("-inf"), top * natural + LN2 * tl.log2(total))
+def exp_from(s, unit, ref):
+    """2^(s * unit - ref), the product not rounded: ref is a rounded one, and 2^their difference is
+    part of the sum that goes with it. The compiler fuses only what stands in one block."""
+    if FUSED:
+        return tl.exp2(tl.fma(s, unit + tl.zeros_like(s), tl.broadcast_to(-ref, s.shape)))
+    return tl.exp2(s * unit - ref)
+
+
+@triton.jit
+def lse_of(total, top):
+    """log(total * 2^top), -inf for an empty sum."""
+    return tl.where(total == 0.0, float("-inf"), top * LN2 + LN2 * tl.log2(total))
 
 
 @triton.jit
@@ -186,31 +190,33 @@ def p_both(s, unit, a, b):
 def e_both(s, s_row, s_col, unit, keep_m, MASKED: tl.constexpr):
     """One exp of raw scores for both maxima of a tile: e, u, r, top, col_max, near.
 
-        u[i] = max_j s_row;  e = exp(s - u);  top = max of u over rows kept as keys
-        exp(s - top) = e * r, r = exp(u - top)
+        u[i] = max_j s_row * unit;  e = exp2(s * unit - u);  top = max of u over rows kept as keys
+        exp2(s * unit - top) = e * r, r = exp2(u - top)
 
-    s_row and s_col are s with -inf at keys that are masked in that direction; MASKED says that
-    columns may be, so that s - u may exceed 0. `near` says that e * r keeps the bits of every
-    column: top is within 60 of the column's own maximum, and no e overflows.
+    All in base 2 and rounded once, so that u cancels exactly however large s is. s_row and s_col
+    are s with -inf at keys that are masked in that direction; MASKED says that columns may be, so
+    that s * unit - u may exceed 0. `near` says that e * r keeps the bits of every column: top is
+    within 24 of the column's own maximum (an exponent of 80 is off by 4e-6), and no e overflows.
     """
-    u = finite_or(tl.max(s_row, 1), 0.0)
-    e = tl.exp2(s * unit - (u * unit)[:, None])
+    u = finite_or(tl.max(s_row, 1) * unit, 0.0)
+    e = exp_from(s, unit, u[:, None])
     top = tl.max(tl.where(keep_m, u, float("-inf")), 0)
-    r = tl.where(keep_m, tl.exp2((u - top) * unit), 0.0)
-    col_max = tl.max(s_col, 0)
+    r = tl.where(keep_m, tl.exp2(u - top), 0.0)
+    col_max = tl.max(s_col, 0) * unit
     gap = tl.max(tl.where(col_max == float("-inf"), 0.0, top - col_max), 0)
     if MASKED:
-        gap = tl.maximum(gap, tl.max(tl.max(s_col - u[:, None], 1), 0))
-    return e, u, r, top, col_max, gap * unit <= 80.0
+        gap = tl.maximum(gap, tl.max(tl.max(s_col * unit - u[:, None], 1), 0))
+    return e, u, r, top, col_max, gap <= 24.0
 
 
 @triton.jit
 def p_col_of(e, s_col, unit, r, top, col_max, near, ref):
-    """exp(s_col - ref[None, :]) from e where near, by a second exp elsewhere; ref >= col_max."""
+    """exp2(s_col * unit - ref[None, :]) from e where near, by a second exp elsewhere;
+    ref >= col_max."""
     safe = finite_or(ref, 0.0)
     if near:
-        factor = tl.where(col_max == float("-inf"), 0.0, tl.exp2((top - safe) * unit))
+        factor = tl.where(col_max == float("-inf"), 0.0, tl.exp2(top - safe))
         p = e * r[:, None] * factor[None, :]
     else:
-        p = tl.exp2(s_col * unit - (safe * unit)[None, :])
+        p = exp_from(s_col, unit, safe[None, :])
     return p

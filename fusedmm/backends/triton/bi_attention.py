@@ -32,15 +32,16 @@ from ._tile import (
     LOG2E,
     dot_tile,
     dropped,
+    exp_from,
     finite_or,
     head,
     kept,
     load_row,
     load_tile,
     lse_of,
-    natural_of,
     p_both,
     s_tile,
+    split_lse,
     store_row,
     store_tile,
     unit_of,
@@ -83,6 +84,15 @@ def reject(problem) -> list[str]:
 
 
 @triton.jit
+def _inside(
+    a, b, qk_a, qk_b, score, bias, bh, H, offs_m, offs_n, in_m, in_n, EVEN: tl.constexpr
+):  # fmt: skip
+    """s of a tile, -inf outside both streams."""
+    s, _ = s_tile(qk_a, qk_b, score, bias, bh, H, offs_m, offs_n, a.M, b.M)
+    return s if EVEN else tl.where(in_m[:, None] & in_n[None, :], s, float("-inf"))
+
+
+@triton.jit
 def resident_fwd_kernel(
     a, b, bias, part_acc, part_lse, H, chunks, chunk, score, seed, drop, SPLIT: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -92,12 +102,15 @@ def resident_fwd_kernel(
 
         e = exp(s - u), u[i] = max_j s;  p_row = e;  p_col = e * exp(u - top) * gain
 
-    gain[j] = exp(top - ref[j]) with one `top` and references `ref` of the columns that stay until a
-    tile exceeds them by 2^10 or lies out of reach; then they are set anew and acc rescaled, as for
-    the first tile. total_n keeps partial sums, so that no tile reduces across lanes or warps.
+    u, top and ref are in base 2 and rounded once, so that they cancel exactly however large s is.
+    gain[j] = exp(top - ref[j]) with references `ref` of the columns that stay until a tile exceeds
+    them by 2^10 or lies out of reach; then they are set anew and acc rescaled. Where columns are
+    near one another, ref is `top` for all of them. log2 of the largest gain is `lead`.
+    total_n keeps partial sums, so that no tile reduces across lanes or warps.
 
     Grid: chunks of `chunk` rows of a, fastest, times B * H. With SPLIT a program leaves its share
-    of b's output, normalised, in part_acc [B * H, chunks, N, DV] and part_lse [B * H, chunks, N].
+    of b's output, normalised, in part_acc [B * H, chunks, N, DV], and in part_lse
+    [B * H, chunks, 2, N] its references and logs of the sums.
     """
     pid = tl.program_id(0)
     bh = pid // chunks
@@ -113,9 +126,12 @@ def resident_fwd_kernel(
     o_ptr = head(a.o, bh, H)
     unit = unit_of(score)
     top = 0.0
+    lead = 0.0
     ref = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     gain = tl.zeros((BLOCK_N,), tl.float32)
     stale = 1
+    # How small a column's largest p may be under a common reference: p is rounded to v's type.
+    NEAR: tl.constexpr = 2.0**-4 if v_b.dtype == tl.float16 else 2.0**-60
     total_n = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     start = pid % chunks * chunk
@@ -125,45 +141,61 @@ def resident_fwd_kernel(
         keep_m = kept(a.keep, bh // H, offs_m, a.M)
         qk_a = load_tile(a_ptr, a.qk, offs_m, in_m, EVEN, a.D, BLOCK_D)
         v_a = load_tile(v_ptr, a.v, offs_m, keep_m, full_m, a.DVK, BLOCK_DV)
-        s, _ = s_tile(qk_a, qk_b, score, bias, bh, H, offs_m, offs_n, a.M, b.M)
-        if not EVEN:
-            s = tl.where(in_m[:, None] & in_n[None, :], s, float("-inf"))
+        s = _inside(a, b, qk_a, qk_b, score, bias, bh, H, offs_m, offs_n, in_m, in_n, EVEN)
         s_row = tl.where(keep_n[None, :], s, float("-inf")) if b.keep.HAS else s
-        s_col = tl.where(keep_m[:, None], s, float("-inf")) if a.keep.HAS else s
-        u = finite_or(tl.max(s_row, 1), 0.0)
-        e = tl.exp2(s * unit - (u * unit)[:, None])
+        u = finite_or(tl.max(s_row, 1) * unit, 0.0)
+        e = exp_from(s, unit, u[:, None])
 
         p = tl.where(keep_n[None, :], e, 0.0) if b.keep.HAS else e
         total = tl.sum(p, 1)
         if drop.ON:
             p = dropped(p, drop, seed, a.INDEX, a.FLIP, bh, m0, 0)
-        o = dot_tile(p, v_b) / tl.where(total == 0.0, 1.0, total)[:, None]
+        o = dot_tile(p, v_b) * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
         store_tile(o_ptr, a.o, offs_m, a.M, o, a.DV, BLOCK_DV)
-        lse = lse_of(total, u, natural_of(score))
+        lse = lse_of(total, u)
         store_row(a.lse, bh, offs_m, a.M, lse)
 
-        r = tl.where(keep_m, tl.exp2((u - top) * unit), 0.0)
+        r = tl.where(keep_m, tl.exp2(u - top), 0.0)
         p = e * r[:, None] * gain[None, :]
-        over = tl.max(tl.max(p, 1), 0) > 1024.0
+        highest = finite_or(tl.max(tl.where(keep_m, u, float("-inf")), 0), 0.0)
+        over = highest - top + lead > 10.0
+        bounded = True
         if b.keep.HAS:  # s may exceed u, and e overflow, at keys that are masked
-            over = over | (tl.max(tl.max(s_col - u[:, None], 1), 0) * unit > 64.0)
+            s_col = tl.where(keep_m[:, None], s, float("-inf"))
+            bounded = tl.max(tl.max(s_col * unit - u[:, None], 1), 0) <= 64.0
+            over = (tl.max(tl.max(p, 1), 0) > 1024.0) | (not bounded)
+        elif over:  # a bound; most of the time no p is that large
+            over = tl.max(tl.max(p, 1), 0) > 1024.0
         if over | (stale != 0):
-            new_ref = tl.maximum(ref, tl.max(s_col, 0))
-            safe = finite_or(new_ref, 0.0)
-            alpha = tl.exp2((ref - safe) * unit)
-            acc *= alpha[:, None]
-            total_n *= alpha[None, None, :]
-            ref = new_ref
-            top = finite_or(tl.max(tl.where(keep_m, u, float("-inf")), 0), 0.0)
-            reach = (top - safe) * unit
-            gain = tl.where(ref == float("-inf"), 0.0, tl.exp2(reach))
-            lost = in_n & ((ref == float("-inf")) | (tl.abs(reach) > 80.0))
-            stale = tl.max(lost.to(tl.int32), 0)
-            if over | (stale != 0):
-                p = tl.exp2(s_col * unit - (safe * unit)[None, :])
+            top = tl.maximum(highest, finite_or(tl.max(ref, 0), highest))
+            r = tl.where(keep_m, tl.exp2(u - top), 0.0)
+            p = e * r[:, None]
+            near = tl.max(p, 0)
+            if m0 > start:
+                near = tl.maximum(near, tl.exp2(ref - top))
+            far = tl.max((in_n & (near < NEAR)).to(tl.int32), 0)
+            if bounded & (far == 0):  # one reference for all columns
+                best = tl.where(in_n, top, float("-inf"))
+                gain = in_n.to(tl.float32)
+                lead = 0.0
+                stale = 0
             else:
-                r = tl.where(keep_m, tl.exp2((u - top) * unit), 0.0)
-                p = e * r[:, None] * gain[None, :]
+                # s anew: kept until here it would cost the registers of a tile
+                s = _inside(a, b, qk_a, qk_b, score, bias, bh, H, offs_m, offs_n, in_m, in_n, EVEN)
+                s = tl.where(keep_m[:, None], s, float("-inf"))
+                best = tl.maximum(ref, tl.max(s, 0) * unit)
+                top = tl.maximum(top, finite_or(tl.max(best, 0), top))
+                seen = best > float("-inf")
+                reach = tl.where(seen, top - best, 0.0)
+                gain = tl.where(seen, tl.exp2(reach), 0.0)
+                lead = tl.max(reach, 0)
+                stale = tl.max((in_n & ((reach > 80.0) | (best == float("-inf")))).to(tl.int32), 0)
+                p = exp_from(s, unit, finite_or(best, 0.0)[None, :])
+            if m0 > start:
+                alpha = tl.exp2(ref - finite_or(best, 0.0))
+                acc *= alpha[:, None]
+                total_n *= alpha[None, None, :]
+            ref = best
         if a.keep.HAS:
             p = tl.where(keep_m[:, None], p, 0.0)
         total_n += tl.sum(tl.reshape(p, (BLOCK_M // 16, 2, 8, BLOCK_N)), 1)
@@ -171,17 +203,17 @@ def resident_fwd_kernel(
             p = dropped(p, drop, seed, b.INDEX, a.FLIP, bh, m0, 0)
         acc += dot_tile(tl.trans(p.to(v_a.dtype)), v_a)
     total = tl.sum(tl.sum(total_n, 0), 0)
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse_n = lse_of(total, ref, natural_of(score))
+    acc *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     if SPLIT:
         offs_d = tl.arange(0, BLOCK_DV)
         ptrs = part_acc + pid.to(tl.int64) * b.M * b.DV
         ptrs += offs_n[:, None] * b.DV + offs_d[None, :]
         tl.store(ptrs, acc, mask=in_n[:, None] & (offs_d < b.DV)[None, :])
-        store_row(part_lse, pid, offs_n, b.M, lse_n)
+        store_row(part_lse, 2 * pid, offs_n, b.M, finite_or(ref, 0.0))
+        store_row(part_lse, 2 * pid + 1, offs_n, b.M, tl.log2(total))
     else:
         store_tile(head(b.o, bh, H), b.o, offs_n, b.M, acc, b.DV, BLOCK_DV)
-        store_row(b.lse, bh, offs_n, b.M, lse_n)
+        store_row(b.lse, bh, offs_n, b.M, lse_of(total, ref))
 
 
 @triton.jit
@@ -194,39 +226,52 @@ def merge_kernel(
     offs_n = pid % tl.cdiv(b.M, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_DV)
     inside = offs_n < b.M
+    first = tl.cast(bh, tl.int64) * chunks
     top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    for c in range(0, chunks):
+        ptrs = part_lse + 2 * (first + c) * b.M + offs_n
+        ref, log = (
+            tl.load(ptrs, mask=inside, other=0.0),
+            tl.load(ptrs + b.M, mask=inside, other=0.0),
+        )
+        top = tl.maximum(top, tl.where(log == float("-inf"), float("-inf"), ref))
+    safe = finite_or(top, 0.0)
     total = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for c in range(0, chunks):
-        share = tl.cast(bh, tl.int64) * chunks + c
-        lse = tl.load(part_lse + share * b.M + offs_n, mask=inside, other=float("-inf"))
-        ptrs = part_acc + share * b.M * b.DV + offs_n[:, None] * b.DV + offs_d[None, :]
+        ptrs = part_lse + 2 * (first + c) * b.M + offs_n
+        ref, log = (
+            tl.load(ptrs, mask=inside, other=0.0),
+            tl.load(ptrs + b.M, mask=inside, other=0.0),
+        )
+        ptrs = part_acc + (first + c) * b.M * b.DV + offs_n[:, None] * b.DV + offs_d[None, :]
         o = tl.load(ptrs, mask=inside[:, None] & (offs_d < b.DV)[None, :], other=0.0)
-        new_top = tl.maximum(top, lse)
-        safe = finite_or(new_top, 0.0)
-        alpha = tl.exp(top - safe)
-        weight = tl.exp(lse - safe)
-        total = total * alpha + weight
-        acc = acc * alpha[:, None] + o * weight[:, None]
-        top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        weight = tl.exp2(ref - safe + log)
+        total += weight
+        acc += o * weight[:, None]
+    acc *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     store_tile(head(b.o, bh, H), b.o, offs_n, b.M, acc, b.DV, BLOCK_DV)
-    lse = lse_of(total, top, 1.0)
+    lse = lse_of(total, top)
     store_row(b.lse, bh, offs_n, b.M, lse)
 
 
 @triton.jit
-def load_stream(t, g, bh, H, offs, inside, keep, centre, EVEN: tl.constexpr, D: tl.constexpr,
-                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """qk, v, do, delta and split_lse of the rows `offs` of a stream."""
+def load_stream(t, g, bh, H, offs, inside, keep, centre, STORED: tl.constexpr, EVEN: tl.constexpr,
+                D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """qk, v, do, delta and split_lse of the rows `offs` of a stream; STORED says that delta_kernel
+    left the factors of split_lse, for kernels that visit a row more than once."""
     full: tl.constexpr = EVEN and not t.keep.HAS
     qk = load_tile(head(t.qk, bh, H), t.qk, offs, inside, EVEN, D, BLOCK_D)
     v = load_tile(head(t.v, bh, H), t.v, offs, keep, full, t.DVK, BLOCK_DV)
     do = load_tile(head(g.do, bh, H), g.do, offs, inside, EVEN, t.DV, BLOCK_DV)
-    lse = split_safe(t, bh, offs, centre) * LOG2E
-    c = 0.5 * (lse + centre)
-    up, down = load_row(g.up, bh, offs, t.M), load_row(g.down, bh, offs, t.M)
-    split = lse, load_row(g.fix, bh, offs, t.M), c, c - centre, up, down
+    lse, fix = split_safe(t, bh, offs, centre), load_row(g.fix, bh, offs, t.M)
+    if STORED:
+        lse *= LOG2E
+        c = 0.5 * (lse + centre)
+        up, down = load_row(g.up, bh, offs, t.M), load_row(g.down, bh, offs, t.M)
+        split = lse, fix, c, c - centre, up, down
+    else:
+        split = split_lse(lse, fix, centre)
     return qk, v, do, load_row(g.delta, bh, offs, t.M), split
 
 
@@ -294,7 +339,9 @@ def _owner_bwd(
     in_m = offs_m < a.M
     keep_m = kept(a.keep, bh // H, offs_m, a.M)
     centre = centre_of(b, bh) if a.FLIP else centre_of(a, bh)
-    tile_a = load_stream(a, ga, bh, H, offs_m, in_m, keep_m, centre, EVEN, a.D, BLOCK_D, BLOCK_DV)
+    tile_a = load_stream(
+        a, ga, bh, H, offs_m, in_m, keep_m, centre, True, EVEN, a.D, BLOCK_D, BLOCK_DV
+    )
     dqk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for n0 in range(0, b.M, BLOCK_N):
@@ -302,7 +349,7 @@ def _owner_bwd(
         in_n = offs_n < b.M
         keep_n = kept(b.keep, bh // H, offs_n, b.M)
         tile_b = load_stream(
-            b, gb, bh, H, offs_n, in_n, keep_n, centre, EVEN, a.D, BLOCK_D, BLOCK_DV
+            b, gb, bh, H, offs_n, in_n, keep_n, centre, True, EVEN, a.D, BLOCK_D, BLOCK_DV
         )
         ds, passes, _, pf_col = ds_tile(
             a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, n0, in_m, keep_m, in_n, keep_n,
@@ -333,7 +380,9 @@ def resident_bwd_kernel(
     in_n = offs_n < b.M
     keep_n = kept(b.keep, bh // H, offs_n, b.M)
     centre = centre_of(b, bh) if a.FLIP else centre_of(a, bh)
-    tile_b = load_stream(b, gb, bh, H, offs_n, in_n, keep_n, centre, EVEN, a.D, BLOCK_D, BLOCK_DV)
+    tile_b = load_stream(
+        b, gb, bh, H, offs_n, in_n, keep_n, centre, False, EVEN, a.D, BLOCK_D, BLOCK_DV
+    )
     dqk_b = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_b = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     start = pid % chunks * chunk
@@ -342,7 +391,7 @@ def resident_bwd_kernel(
         in_m = offs_m < a.M
         keep_m = kept(a.keep, bh // H, offs_m, a.M)
         tile_a = load_stream(
-            a, ga, bh, H, offs_m, in_m, keep_m, centre, EVEN, a.D, BLOCK_D, BLOCK_DV
+            a, ga, bh, H, offs_m, in_m, keep_m, centre, False, EVEN, a.D, BLOCK_D, BLOCK_DV
         )
         ds, passes, pf_row, pf_col = ds_tile(
             a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, 0, in_m, keep_m, in_n, keep_n,
@@ -411,14 +460,26 @@ def dbias_kernel(
                 in_m = offs_m < a.M
                 keep_m = kept(a.keep, i, offs_m, a.M)
                 tile_a = load_stream(
-                    a, ga, bh, H, offs_m, in_m, keep_m, centre, False, a.D, BLOCK_D, BLOCK_DV
+                    a, ga, bh, H, offs_m, in_m, keep_m, centre, False, False, a.D, BLOCK_D, BLOCK_DV
                 )
                 for n0 in range(tile_n * BLOCK_N, db_end(sizes[3], tile_n, b.M, BLOCK_N), BLOCK_N):
                     offs_n = n0 + tl.arange(0, BLOCK_N)
                     in_n = offs_n < b.M
                     keep_n = kept(b.keep, i, offs_n, b.M)
                     tile_b = load_stream(
-                        b, gb, bh, H, offs_n, in_n, keep_n, centre, False, a.D, BLOCK_D, BLOCK_DV
+                        b,
+                        gb,
+                        bh,
+                        H,
+                        offs_n,
+                        in_n,
+                        keep_n,
+                        centre,
+                        False,
+                        False,
+                        a.D,
+                        BLOCK_D,
+                        BLOCK_DV,
                     )
                     ds, _, _, _ = ds_tile(
                         a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, n0, in_m, keep_m,
@@ -461,15 +522,16 @@ def _resident(kernel: str, x: Stream, y: Stream, widths: dict[str, int]):
         return None
     # A warp owns 16 rows of a product: more warps than that would compute the same twice.
     warps = max(1, min(choice["num_warps"], padded(short) // 16))
-    rows_m = choice["BLOCK_M"] * warps // choice["num_warps"]
-    fitted = dict(BLOCK_M=max(16, rows_m), BLOCK_N=padded(short), num_warps=warps)
+    rows_m = min(choice["BLOCK_M"], max(32, choice["BLOCK_M"] * warps // choice["num_warps"]))
+    fitted = dict(BLOCK_M=rows_m, BLOCK_N=padded(short), num_warps=warps)
     return choice | fitted, y.M <= x.M
 
 
 def _chunks(a: Stream, heads: int, block: int) -> tuple[int, int]:
-    """How many programs share a head's rows, and rows each: one program a processor in all."""
+    """How many programs share a head's rows, and rows each: at most one a processor in all, for
+    every further one writes and reads its share of b's results."""
     programs = lookup.processors(a.qk.ptr.device.index)
-    wanted = max(1, min(tiles(programs, max(heads, 1)), tiles(a.M, block)))
+    wanted = max(1, min(programs // max(heads, 1), tiles(a.M, block)))
     chunk = tiles(tiles(a.M, block), wanted) * block
     return tiles(a.M, chunk), chunk
 
@@ -495,15 +557,16 @@ def fwd(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p, see
     chunks, chunk = _chunks(a, B * H, choice["BLOCK_M"])
     split = chunks > 1
     part = qk_x.new_empty((B * H, chunks, b.M, b.DV.value) if split else 0, dtype=torch.float32)
-    part_lse = qk_x.new_empty((B * H, chunks, b.M) if split else 0, dtype=torch.float32)
+    part_lse = qk_x.new_empty((B * H, chunks, 2, b.M) if split else 0, dtype=torch.float32)
     even = a.M % choice["BLOCK_M"] == 0 and b.M == choice["BLOCK_N"]
     resident_fwd_kernel[(B * H * chunks,)](
         a, b, bias_a, part, part_lse, H, chunks, chunk, score, seed, drop,
         SPLIT=split, EVEN=even, **choice, **widths,
     )  # fmt: skip
     if split:
-        merge_kernel[(B * H * tiles(b.M, 16),)](
-            b, part, part_lse, H, chunks, BLOCK_N=16, BLOCK_DV=widths["BLOCK_DV"]
+        few = _narrow(widths["BLOCK_DV"])
+        merge_kernel[(B * H * tiles(b.M, few["BLOCK_N"]),)](
+            b, part, part_lse, H, chunks, BLOCK_DV=widths["BLOCK_DV"], **few
         )
     return o_x, o_y, lse_x.double(), lse_y.double()
 
@@ -523,16 +586,16 @@ def bwd(
     dir_x, dir_y = _directions(x, y, bias_x, bias_y, score)
     full_x = _attend.grads(do_x, dlse_x, dqk_x, dqk_y, dv_y)
     full_y = _attend.grads(do_y, dlse_y, dqk_y, dqk_x, dv_x)
-    _attend.launch_delta(OP, dir_x, dir_y, full_x, full_y, shared=True)
+    widths = _widths(x, y)
+    fit = _resident("resident_bwd", x, y, widths) if B * H else None
+    _attend.launch_delta(OP, dir_x, dir_y, full_x, full_y, shared=fit is None)
     gx = StreamGrads(
         full_x.do, full_x.delta, full_x.fix, full_x.up, full_x.down, rows(dqk_x), rows(dv_x)
     )
     gy = StreamGrads(
         full_y.do, full_y.delta, full_y.fix, full_y.up, full_y.down, rows(dqk_y), rows(dv_y)
     )
-    widths = _widths(x, y)
     need_x, need_y = needs[0] or needs[2], needs[1] or needs[3]
-    fit = _resident("resident_bwd", x, y, widths) if B * H else None
     if fit is not None and (need_x or need_y):
         choice, y_short = fit
         _resident_bwd(
@@ -575,7 +638,13 @@ def _resident_bwd(a, b, ga, gb, bias, score, drop, seed, choice, widths) -> None
         SPLIT=split, EVEN=even, **choice, **widths,
     )  # fmt: skip
     if split:
-        sum_kernel[(B * H * tiles(b.M, 16),)](b, gb, part, H, chunks, BLOCK_N=16, **widths)
+        few = _narrow(min(widths.values()))
+        sum_kernel[(B * H * tiles(b.M, few["BLOCK_N"]),)](b, gb, part, H, chunks, **few, **widths)
+
+
+def _narrow(width: int) -> dict[str, int]:
+    """Tile of the sums over chunks: four fp32 a thread, 16 bytes, so that loads fill sectors."""
+    return dict(BLOCK_N=max(1, 4 * 32 // width), num_warps=1)
 
 
 def _widths(x: Stream, y: Stream) -> dict[str, int]:
