@@ -178,6 +178,8 @@ def test_patch_vilbert() -> None:
 def test_attention_function(kind: str) -> None:
     """attn_implementation="fusedmm": bidirectional, padded and causal models, forward and backward;
     and for a model that is loaded already."""
+    if kind == "bert" and transformers.__version__ < "5":
+        pytest.skip("BERT before Transformers 5 has a table of attentions of its own")
     register_attention()
     sizes = dict(hidden_size=D, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
     ids = torch.randint(1, 90, (B, N))

@@ -1,7 +1,7 @@
 """linear: the product of a projection, by the faster of torch's two GEMMs on a CPU.
 
 fp32 on a 2-core AMD EPYC with AVX-512, one thread, 2304x1024x1024: F.linear 88 GFLOP/s, oneDNN 192
-(torch 2.14.1); below some 30 rows the first is quicker. Elsewhere this is F.linear.
+(torch 2.14.1); below some 30 rows the first is quicker. In other dtypes F.linear.
 """
 
 import torch
@@ -27,8 +27,8 @@ def linear(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> Tensor:
     """
     flat = autocast(x, *(t for layer in layers for t in layer))
     x, weights, biases = flat[0], flat[1::2], flat[2::2]
-    fast = x.device.type == "cpu" and x.dtype == weights[0].dtype == torch.float32
-    if not fast or _onednn is None or torch._C._functorch.peek_interpreter_stack() is not None:
+    ours = x.device.type == "cpu" and x.dtype == weights[0].dtype != torch.float64
+    if not ours or torch._C._functorch.peek_interpreter_stack() is not None:
         return F.linear(x, _joined(*weights), _joined(*biases))
     return _fwd(x, *flat[1:], *[None] * (7 - len(flat)))
 
@@ -42,7 +42,8 @@ def _joined(*tensors: Tensor | None) -> Tensor | None:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear of matrices of any strides."""
-    if x.numel() * weight.shape[0] < _FEW:
+    few = x.numel() * weight.shape[0] < _FEW
+    if few or x.dtype != torch.float32 or _onednn is None:
         return F.linear(x, weight, bias)
     return _onednn(x, weight, bias, "none", [], "")
 
