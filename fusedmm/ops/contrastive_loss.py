@@ -56,7 +56,7 @@ def contrastive_loss(
         backend: "cuda", "triton", "cpu" or "reference"; None takes the first that accepts.
     Returns: scalar fp32 in nats, or (loss_x [..., M], loss_y [..., N]) with reduction="none".
     Memory: O((M + N) * D). The cpu backend also keeps raw products for a backward, 64 MiB of them
-        at most, where M, N >= 1024 and D >= 256.
+        at most, where M, N >= 1024 and D >= 512.
     Raises: ValueError, bad shape, dtype or device. TypeError, not a floating tensor.
         NotImplementedError, no backend can run it.
     Source: InfoNCE, arXiv:1807.03748; CLIP, arXiv:2103.00020.

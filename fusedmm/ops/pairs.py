@@ -12,7 +12,7 @@ from .. import check
 NEG_INF = float("-inf")
 TILE = 96  # rows and columns of the cpu kernels' tiles
 KEEP_BYTES = 64 << 20  # of raw products kept for a backward
-KEEP_WIDTH, KEEP_ROWS = 256, 1024  # D, M and N from which on they are kept
+KEEP_WIDTH, KEEP_ROWS = 512, 1024  # D, M and N from which on they are kept
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:

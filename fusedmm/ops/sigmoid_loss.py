@@ -44,7 +44,7 @@ def sigmoid_loss(
         backend: "cuda", "triton", "cpu" or "reference"; None takes the first that accepts.
     Returns: scalar fp32 in nats per row, or the sum of each row [..., M] with reduction="none".
     Memory: O((M + N) * D). The cpu backend also keeps raw products for a backward, 64 MiB of them
-        at most, where M, N >= 1024 and D >= 256.
+        at most, where M, N >= 1024 and D >= 512.
     Raises: ValueError, bad shape, dtype or device. TypeError, not a floating tensor.
         NotImplementedError, no backend can run it.
     Source: SigLIP, arXiv:2303.15343.
