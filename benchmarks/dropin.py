@@ -117,7 +117,7 @@ def _detector(family: str, dtype: torch.dtype) -> Pair:
         torch.manual_seed(3)
         return (m(pixel_values=pixels, input_ids=ids).pred_boxes,)
 
-    model, images = _floating(model, dtype, torch.randn(1, 3, 480, 640))
+    model, images = _floating(model, dtype, torch.randn(1, 3, 320, 448))
     return Pair(model, _patched(model), (images,), call)
 
 
@@ -125,11 +125,11 @@ def _lightglue(dtype: torch.dtype) -> Pair:
     from transformers import LightGlueConfig, LightGlueForKeypointMatching
 
     config = LightGlueConfig(depth_confidence=-1.0, width_confidence=-1.0, filter_threshold=0.0)
-    config.keypoint_detector_config.max_keypoints = 1024
+    config.keypoint_detector_config.max_keypoints = 512
     config.keypoint_detector_config.keypoint_threshold = 0.0
     model = LightGlueForKeypointMatching(config).eval()
     call = lambda m, pair: (m(pair).matching_scores,)  # noqa: E731
-    model, pair = _floating(model, dtype, torch.rand(1, 2, 3, 480, 640))
+    model, pair = _floating(model, dtype, torch.rand(1, 2, 3, 240, 320))
     return Pair(model, _patched(model), (pair,), call)
 
 
@@ -175,11 +175,11 @@ CASES = (
          ("fp32", "bf16")),
     Case("ViLBERT connection layer", "64x36x36", _vilbert, True, ("fp32", "bf16")),
     Case("LXMERT cross-attention", "64x36x36", _lxmert_layer, True, ("fp32", "bf16")),
-    Case("Grounding DINO detection", "1 image 480x640, 32 words",
+    Case("Grounding DINO detection", "1 image 320x448, 32 words",
          lambda d: _detector("GroundingDino", d), modes=("fwd",)),
-    Case("MM Grounding DINO detection", "1 image 480x640, 32 words",
+    Case("MM Grounding DINO detection", "1 image 320x448, 32 words",
          lambda d: _detector("MMGroundingDino", d), modes=("fwd",)),
-    Case("LightGlue matching", "1 pair 480x640, 1024 keypoints", _lightglue, modes=("fwd",)),
+    Case("LightGlue matching", "1 pair 240x320, 512 keypoints", _lightglue, modes=("fwd",)),
     Case("LXMERT question answering", "8 x 20 words x 36 boxes", _lxmert),
     Case("CLIP training step", "4096 pairs, one-layer towers of width 128", _clip,
          modes=("fwdbwd",)),
