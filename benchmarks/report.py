@@ -301,8 +301,12 @@ def bars(op: str, result: Result, plt) -> None:
     most = max(r["threads"] for r in timed(result))
     records = [r for r in timed(result) if r["threads"] == most and "ours" in r["times"]]
     names = [n for n in COLOURS if n != "ours" and any(n in r["times"] for r in records)]
-    panels = [(d, m) for m in MODES for d in cases.DTYPES]
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), squeeze=False, layout="constrained")
+    modes = [m for m in MODES if any(r["mode"] == m and "ratio" in r for r in records)]
+    if not modes:
+        return
+    panels = [(d, m) for m in modes for d in cases.DTYPES]
+    size = (12, 3.75 * len(modes))
+    figure, axes = plt.subplots(len(modes), 2, figsize=size, squeeze=False, layout="constrained")
     for ax, (dtype, mode) in zip(axes.flat, panels, strict=True):
         shown = [r for r in records if (r["dtype"], r["mode"]) == (dtype, mode)]
         shown = [r for r in shown if "ratio" in r]
