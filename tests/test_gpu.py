@@ -26,19 +26,25 @@ DTYPES = list(TOLERANCE)
 SMALL = dict(num_warps=4, num_stages=1)
 
 
-def usable(op: str) -> list[str]:
+def usable(op: str, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """The GPU backends of this build that have `op`."""
     side = problem.Side(16, 16, 64, 64)
     if op.endswith("attention"):
-        asked = problem.AttentionProblem(op, 1, 1, side, side, torch.float32, "cuda")
+        asked = problem.AttentionProblem(op, 1, 1, side, side, dtype, "cuda")
     else:
-        asked = problem.PairLossProblem(op, 1, 16, 16, 64, torch.float32, "cuda")
+        asked = problem.PairLossProblem(op, 1, 16, 16, 64, dtype, "cuda")
     return [name for name in ("triton", "cuda") if not backends.reject(name, op, asked)]
 
 
 def on_each(*ops: str):
     """Parametrises a test over `ops` and the backends that have them."""
     return pytest.mark.parametrize("op, backend", [(op, b) for op in ops for b in usable(op)])
+
+
+def on_each_dtype(dtypes: tuple[torch.dtype, ...], *ops: str):
+    """As on_each, times the dtypes that each backend takes."""
+    cells = [(op, b, dtype) for dtype in dtypes for op in ops for b in usable(op, dtype)]
+    return pytest.mark.parametrize("op, backend, dtype", cells)
 
 
 def outcome(op, tensors, options, backend: str, device: str, dtype) -> list[Tensor]:
@@ -121,9 +127,8 @@ def small_tiles():
     lookup._forced.update(saved)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
-@on_each("bi_attention", "co_attention")
+@on_each_dtype(DTYPES, "bi_attention", "co_attention")
 def test_everything_at_once(op, backend, regime, dtype, small_tiles):
     """Masks, a broadcast bias, the clamp, the reference's dropout, D != Dv, lse."""
     M, N = REGIMES[regime]
@@ -133,16 +138,14 @@ def test_everything_at_once(op, backend, regime, dtype, small_tiles):
     check(op, backend, streams(op, 2, 2, M, N, 24, 40, 16, bias=(1, 1, 0, 1)), options, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
-@on_each("bi_attention", "co_attention")
+@on_each_dtype(DTYPES, "bi_attention", "co_attention")
 def test_nothing_at_all(op, backend, regime, dtype):
     M, N = REGIMES[regime]
     check(op, backend, streams(op, 1, 2, 2 * M, 2 * N, 64, 64, 64), dict(return_lse=True), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@on_each("contrastive_loss", "sigmoid_loss")
+@on_each_dtype(DTYPES, "contrastive_loss", "sigmoid_loss")
 @pytest.mark.parametrize("workspace", [1, 2**20], ids=["chunks", "whole"])
 def test_losses_in_chunks(op, backend, workspace, dtype, monkeypatch, small_tiles):
     """Chunks of one tile's rows give what one chunk gives; both L2-normalise."""
@@ -155,8 +158,7 @@ def test_losses_in_chunks(op, backend, workspace, dtype, monkeypatch, small_tile
         check(op, backend, tensors, options | dict(normalize=normalize), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@on_each("bi_attention")
+@on_each_dtype((torch.float32, torch.bfloat16), "bi_attention")
 def test_deterministic_across_chunks(op, backend, dtype, small_tiles):
     tensors = streams(op, 1, 1, 150, 30, 32, 32, 32)
     first, again = (outcome(op, tensors, {}, backend, "cuda", dtype) for _ in range(2))
@@ -201,7 +203,7 @@ def test_limits_are_named(op, backend):
 
 
 def test_compiled_kernels_come_first():
-    x = torch.randn(1, 1, 20, 16, device="cuda")
+    x = torch.randn(1, 1, 20, 16, device="cuda").bfloat16()
     want = usable("bi_attention")[-1]
     with harness.recorded("bi_attention") as calls:
         fusedmm.bi_attention(x, x, x, x)
