@@ -15,7 +15,9 @@ PRIORITY = ("cuda", "triton", "cpu", "reference")
 class _Region(threading.local):
     """Names of the regions this thread is in, innermost last; torch.compile traces through it."""
 
-    names: tuple[str, ...] = ()
+    def __init__(self) -> None:
+        # In every thread from the start: torch.compile guards what is there, not what is missing.
+        self.names: tuple[str, ...] = ()
 
 
 _region = _Region()

@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = {
         name.strip()
         for mark in metafunc.definition.iter_markers("parametrize")
-        for name in mark.args[0].split(",")
+        for name in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
     }
     for name, table in getattr(metafunc.cls, "params", {}).items():
         if name in metafunc.fixturenames and name not in own:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import harness
@@ -216,17 +217,26 @@ def test_environment_of_a_process():
 
 
 def test_compiled_code_follows_the_region():
-    torch._dynamo.reset()
-    case = small("co_attention")
-    compiled = torch.compile(lambda c: fused(c), fullgraph=True, backend="eager")
-    for _ in range(2):
-        compiled(case)
-        with fusedmm.use_backend("cuda"), pytest.raises(Exception, match="cuda: inputs are on cpu"):
+    """Also in a thread that was in no region before it compiled."""
+
+    def follow():
+        torch._dynamo.reset()
+        case = small("co_attention")
+        compiled = torch.compile(lambda c: fused(c), fullgraph=True, backend="eager")
+        for _ in range(2):
             compiled(case)
-    with fusedmm.use_backend("reference"):
-        got = compiled(case)
-    for g, w in zip(got, fused(case, "reference"), strict=True):
-        torch.testing.assert_close(g, w, atol=0, rtol=0)
+            with (
+                fusedmm.use_backend("cuda"),
+                pytest.raises(Exception, match="cuda: inputs are on cpu"),
+            ):
+                compiled(case)
+        with fusedmm.use_backend("reference"):
+            got = compiled(case)
+        for g, w in zip(got, fused(case, "reference"), strict=True):
+            torch.testing.assert_close(g, w, atol=0, rtol=0)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(follow).result()
 
 
 def test_a_region_inside_compiled_code():
