@@ -18,7 +18,7 @@ pytest.register_assert_rewrite("harness", "suites", "fusedmm.testing")
 def _available(name: str) -> bool:
     device = "cpu" if name in ("cpu", "reference") else "cuda"
     side = problem.Side(4, 4, 8, 8)
-    asked = problem.AttentionProblem("co_attention", 1, 1, side, side, torch.float32, device)
+    asked = problem.AttentionProblem("co_attention", 1, 1, side, side, torch.bfloat16, device)
     return not backends.reject(name, "co_attention", asked)
 
 

@@ -17,6 +17,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 
 #include "../vsim.h"
 
@@ -39,6 +40,9 @@ std::string strf(const char* f, ...) {
   va_end(ap);
   s.resize(n);
   return s;
+}
+std::string in_temp(const char* name) {
+  return (std::filesystem::temp_directory_path() / name).string();
 }
 void note(const char* f, ...) {
   va_list ap;
@@ -774,16 +778,16 @@ void kernel_resources(Kernel* k) {
     fclose(f);
     return;
   }
-  char in[] = "/tmp/vgpu_ptxXXXXXX";
-  int fd = mkstemp(in);
+  std::string in = in_temp("vgpu_ptxXXXXXX");
+  int fd = mkstemp(in.data());
   if (fd < 0) return;
   if (write(fd, m->ptx.data(), m->ptx.size()) < 0) {
   }
   close(fd);
   bool a = m->ptx.find(strf("sm_%da", m->target)) != std::string::npos;
   for (auto& ptxas : tools) {  // an older ptxas may refuse a newer PTX version
-    std::string cmd = strf("env -u LD_PRELOAD %s -v -arch=sm_%d%s %s -o /dev/null 2>&1",
-                           ptxas.c_str(), a ? m->target : arch().sm, a ? "a" : "", in);
+    std::string cmd = strf("env -u LD_PRELOAD %s -v -arch=sm_%d%s '%s' -o /dev/null 2>&1",
+                           ptxas.c_str(), a ? m->target : arch().sm, a ? "a" : "", in.c_str());
     FILE* f = popen(cmd.c_str(), "r");
     std::string cur;
     char line[4096];
@@ -814,7 +818,7 @@ void kernel_resources(Kernel* k) {
     }
     if (f && !pclose(f)) break;
   }
-  unlink(in);
+  unlink(in.c_str());
   if (!cache.empty() && k->regs > 0) {
     std::string tmp = cache + strf(".%d", getpid());
     if (FILE* f = fopen(tmp.c_str(), "w")) {

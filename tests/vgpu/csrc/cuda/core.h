@@ -26,6 +26,7 @@ struct Arch {
 const Arch& arch();
 const char* env(const char* name, const char* dflt = "");
 std::string strf(const char* f, ...) __attribute__((format(printf, 1, 2)));
+std::string in_temp(const char* name);  // of a file or folder in TMPDIR or the system's own
 
 extern std::recursive_mutex& g_mu;
 typedef std::lock_guard<std::recursive_mutex> Lock;

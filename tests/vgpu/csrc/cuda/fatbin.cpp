@@ -80,13 +80,13 @@ static std::string from_cuobjdump(const std::string& path, int best_arch) {
     std::string p = env("VGPU_CUOBJDUMP", "");
     return p.empty() ? std::string("cuobjdump") : p;
   }();
-  char dir[] = "/tmp/vgpu_coXXXXXX";
-  if (path.empty() || !mkdtemp(dir)) return "";
-  std::string cmd = strf("cd %s && env -u LD_PRELOAD %s -xptx all '%s' >/dev/null 2>&1", dir,
-                         tool.c_str(), path.c_str());
+  std::string dir = in_temp("vgpu_coXXXXXX");
+  if (path.empty() || !mkdtemp(dir.data())) return "";
+  std::string cmd = strf("cd '%s' && env -u LD_PRELOAD %s -xptx all '%s' >/dev/null 2>&1",
+                         dir.c_str(), tool.c_str(), path.c_str());
   if (system(cmd.c_str())) {
   }
-  std::string pat = strf("ls %s/*sm_%d*.ptx 2>/dev/null", dir, best_arch);
+  std::string pat = strf("ls '%s'/*sm_%d*.ptx 2>/dev/null", dir.c_str(), best_arch);
   FILE* f = popen(("env -u LD_PRELOAD " + pat).c_str(), "r");
   char fn[1024];
   std::string out;
@@ -104,7 +104,7 @@ static std::string from_cuobjdump(const std::string& path, int best_arch) {
     }
   }
   if (f) pclose(f);
-  if (system(("rm -rf " + std::string(dir)).c_str())) {
+  if (system(("rm -rf '" + dir + "'").c_str())) {
   }
   if (nf > 1) {
     note("%s holds %d PTX images in a compression this build cannot read; cannot tell which",
