@@ -77,7 +77,7 @@ struct Layout {
 };
 
 template <bool kRow, bool kCol, typename T, int kWidth>
-__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads)
+__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
     owner_bwd_kernel(const __grid_constant__ Attention all) {
   using S = OwnerBwd<sizeof(T), kWidth>;
   using L = Layout<kRow, kCol, T, kWidth, S>;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads)
 // A block owns one tile of the bias's gradient and adds, in a fixed order, all of ds that falls on
 // it.
 template <bool kRow, bool kCol, typename T, int kWidth>
-__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads)
+__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
     dbias_kernel(const __grid_constant__ BiasGrad grad) {
   using S = OwnerBwd<sizeof(T), kWidth>;
   using L = Layout<kRow, kCol, T, kWidth, S>;

@@ -16,7 +16,7 @@ constexpr int smem_bytes() {
 
 // A block owns kRows queries of one head and walks the keys; p stays in registers.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads)
+__global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads, 1)
     attend_fwd_kernel(const __grid_constant__ Attention all) {
   using S = AttendFwd<sizeof(T), kWidth>;
   constexpr int kMT = S::kMT, kNT = S::kNT, kDT = kWidth / 8 / S::kSplit;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads)
     const int n0 = j * S::kCols;
     float s[kMT][kNT][4];
     clear(s);
-    dot_tile(s, q, row0, k);
+    dot_scores(s, q, row0, k);
     uint64_t passes[kMT];
     s_tile(s, p, b, h, m0 + row0, n0, passes);
     const ColumnBits<kNT> kept(keep, n0, p.b.rows);

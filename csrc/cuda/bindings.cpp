@@ -1,8 +1,11 @@
-// CUDA impls of the ops whose schemas csrc/bindings.cpp defines; the module carries build facts.
+// CUDA impls of the ops whose schemas csrc/bindings.cpp defines; the module carries build facts and
+// the launch geometry of every kernel.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include "../ops.h"
+#include "attention_kernels.h"
 
 #define FMM_IMPL(name) m.impl(#name, &fmm::cuda::name)
 
@@ -13,7 +16,51 @@ TORCH_LIBRARY_IMPL(_fusedmm_C, CUDA, m) {
   FMM_IMPL(co_attention_bwd);
 }
 
+namespace {
+
+// One dict a tile kernel: its name and template arguments as the compiler mangles them, the tile,
+// and what a launch asks for.
+std::vector<pybind11::dict> kernels() {
+  using fmm::DType;
+  using fmm::cuda::Kernel;
+  using fmm::cuda::Softmax;
+  const std::pair<DType, const char*> dtypes[] = {
+      {DType::kHalf, "6__half"}, {DType::kBFloat16, "13__nv_bfloat16"}, {DType::kFloat, "f"}};
+  const std::pair<Softmax, const char*> softmaxes[] = {
+      {Softmax::kRow, "Lb1ELb0E"}, {Softmax::kColumn, "Lb0ELb1E"}, {Softmax::kBoth, "Lb1ELb1E"}};
+  std::vector<pybind11::dict> all;
+  const auto add = [&](const char* name, const std::string& arguments, const Kernel& k) {
+    if (k.function == nullptr) return;
+    pybind11::dict d;
+    d["kernel"] = name, d["arguments"] = arguments;
+    d["rows"] = k.rows, d["cols"] = k.cols, d["threads"] = k.threads, d["smem"] = k.smem;
+    all.push_back(d);
+  };
+  for (const auto& [dtype, mangled] : dtypes) {
+    for (const int width : {32, 64, 128, 256}) {
+      const std::string tail = std::string(mangled) + "Li" + std::to_string(width) + "E";
+      add("attend_fwd_kernel", tail, fmm::cuda::attend_fwd(dtype, width));
+      for (const auto& [which, flags] : softmaxes) {
+        add("owner_bwd_kernel", flags + tail, fmm::cuda::owner_bwd(dtype, width, which));
+        add("dbias_kernel", flags + tail, fmm::cuda::dbias(dtype, width, which));
+      }
+      int before = 0;
+      for (const int cols : {32, 64, 128}) {
+        const Kernel k = fmm::cuda::resident_fwd(dtype, width, cols);
+        if (k.cols != before)
+          add("resident_fwd_kernel", tail + "Li" + std::to_string(k.cols) + "E", k);
+        before = k.cols;
+      }
+      add("resident_bwd_kernel", tail, fmm::cuda::resident_bwd(dtype, width, 1));
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "fusedmm's CUDA kernels; ops are in torch.ops._fusedmm_C.";
   m.attr("archs") = FMM_CUDA_ARCHS;
+  m.def("kernels", &kernels);
 }

@@ -95,7 +95,7 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
   const float unit = unit_of(p);
   cols += lane % 4 * 8;
   clear(ds);
-  dot_tile(ds, ta.qk, local0, tb.qk);
+  dot_scores(ds, ta.qk, local0, tb.qk);
   s_tile(ds, p, b, h, row0, n0, passes);
   float far = a.far;
   if constexpr (kRow && kCol) {

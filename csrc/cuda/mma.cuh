@@ -2,9 +2,10 @@
 // tiles.
 //
 // fp16 and bf16 multiply by m16n8k16. fp32 multiplies by m16n8k8 in 3xTF32: x = hi + lo, each with
-// 11 bits, so that hi*lo + lo*hi + hi*hi is off by 2^-22 of a product; each k8 step starts from
-// zero and is added in fp32, because tensor cores truncate where they accumulate. CUDA-core FMA is
-// no more accurate and needs fragments of another shape.
+// 11 bits, so that hi*lo + lo*hi + hi*hi is off by at most 2^-21 of a product, an eighth of what
+// the contract allows; each k8 step starts from zero and is added in fp32, because tensor cores
+// truncate where they accumulate. Scores alone are sums of IEEE FMA in the order of k: under exp
+// their error counts absolutely, 1e4 * 2^-21 would be too much.
 //
 // With g = lane / 4 and t = lane % 4 a lane holds of c [16, 8]: c0, c1 = [g, 2t..2t+1] and
 // c2, c3 = [g + 8, 2t..2t+1].
@@ -58,7 +59,6 @@ template <typename T>
 __device__ inline void mma(float (&c)[4], const FragA<T>& a, const FragB<T>& b) {
   if constexpr (sizeof(T) == 4) {
     float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    mma_tf32(step, a.low, b.low);
     mma_tf32(step, a.low, b.r);
     mma_tf32(step, a.r, b.low);
     mma_tf32(step, a.r, b.r);
@@ -98,7 +98,7 @@ __device__ inline void load_a(FragA<T>& f, Tile<T, kWidth> tile, int row, int k)
   const int lane = threadIdx.x % 32;
   const uint32_t at = tile.address(row + lane % 16, (lane / 16) * (16 / sizeof(T)));
   uint32_t lo[2], hi[2];
-  ldmatrix<false>(lo, hi, at ^ (k * static_cast<int>(sizeof(T))));
+  ldmatrix<false>(lo, hi, along(at, k * static_cast<int>(sizeof(T))));
   f.r[0] = lo[0], f.r[1] = lo[1], f.r[2] = hi[0], f.r[3] = hi[1];
   finish(f);
 }
@@ -109,7 +109,7 @@ __device__ inline void load_b(FragB<T> (&f)[2], Tile<T, kWidth> tile, int row, i
   const int lane = threadIdx.x % 32;
   const int r = row + lane % 8 + (lane / 16) * 8;
   const uint32_t at = tile.address(r, (lane / 8 % 2) * (16 / sizeof(T)));
-  ldmatrix<false>(f[0].r, f[1].r, at ^ (k * static_cast<int>(sizeof(T))));
+  ldmatrix<false>(f[0].r, f[1].r, along(at, k * static_cast<int>(sizeof(T))));
   finish(f[0]);
   finish(f[1]);
 }
@@ -121,13 +121,13 @@ __device__ inline void load_bt(FragB<T> (&f)[2], Tile<T, kWidth> tile, int k, in
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
     const uint32_t at = tile.address(k + lane % 16, (lane / 16) * 8);
-    ldmatrix<true>(f[0].r, f[1].r, at ^ (col * 2));
+    ldmatrix<true>(f[0].r, f[1].r, along(at, col * 2));
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t at = tile.address(k + lane % 4 * 2 + i, lane / 4);
-      f[0].r[i] = load_shared(at ^ (col * 4));
-      f[1].r[i] = load_shared(at ^ ((col + 8) * 4));
+      f[0].r[i] = load_shared(along(at, col * 4));
+      f[1].r[i] = load_shared(along(at, (col + 8) * 4));
     }
     finish(f[0]);
     finish(f[1]);
@@ -141,14 +141,14 @@ __device__ inline void load_at(FragA<T>& f, Tile<T, kWidth> tile, int k, int col
   if constexpr (sizeof(T) == 2) {
     const uint32_t at = tile.address(k + lane % 8 + lane / 16 * 8, (lane / 8 % 2) * 8);
     uint32_t lo[2], hi[2];
-    ldmatrix<true>(lo, hi, at ^ (col * 2));
+    ldmatrix<true>(lo, hi, along(at, col * 2));
     f.r[0] = lo[0], f.r[1] = lo[1], f.r[2] = hi[0], f.r[3] = hi[1];
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t at = tile.address(k + lane % 4 * 2 + i, lane / 4);
-      f.r[2 * i] = load_shared(at ^ (col * 4));
-      f.r[2 * i + 1] = load_shared(at ^ ((col + 8) * 4));
+      f.r[2 * i] = load_shared(along(at, col * 4));
+      f.r[2 * i + 1] = load_shared(along(at, (col + 8) * 4));
     }
     finish(f);
   }
@@ -207,6 +207,33 @@ __device__ inline void dot_tile(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int 
   }
 }
 
+// dot_tile for scores: fp32 by FMA.
+template <typename T, int kMT, int kNT, int kWidth>
+__device__ inline void dot_scores(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int row,
+                                  Tile<T, kWidth> b) {
+  if constexpr (sizeof(T) == 2) {
+    dot_tile(c, a, row, b);
+  } else {
+    static_assert(kMT == 1);
+    const int lane = threadIdx.x % 32;
+#pragma unroll 4
+    for (int k = 0; k < kWidth; k += 4) {
+      const float4 x[2] = {load_shared4(a.address(row + lane / 4, k)),
+                           load_shared4(a.address(row + lane / 4 + 8, k))};
+#pragma unroll
+      for (int i = 0; i < 2 * kNT; ++i) {
+        const float4 y = load_shared4(b.address(i / 2 * 8 + lane % 4 * 2 + i % 2, k));
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float& s = c[0][i / 2][2 * r + i % 2];
+          s = fmaf(x[r].x, y.x, s), s = fmaf(x[r].y, y.y, s);
+          s = fmaf(x[r].z, y.z, s), s = fmaf(x[r].w, y.w, s);
+        }
+      }
+    }
+  }
+}
+
 // c[m, d] += sum_n p[m, n] * b[n, col + d], p in registers: columns [col, col + 8 * kDT) of b.
 template <typename T, int kMT, int kNT, int kDT, int kWidth>
 __device__ inline void dot_regs(float (&c)[kMT][kDT][4], const float (&p)[kMT][kNT][4],
@@ -231,16 +258,16 @@ __device__ inline void dot_regs(float (&c)[kMT][kDT][4], const float (&p)[kMT][k
   }
 }
 
-// The same for 16 rows whose p is already in fragments.
+// The same for 16 rows whose p is already in fragments, against rows [row, ...) of b.
 template <typename T, int kSteps, int kDT, int kWidth>
 __device__ inline void dot_frags(float (&c)[kDT][4], const FragA<T> (&p)[kSteps], Tile<T, kWidth> b,
-                                 int col) {
+                                 int col, int row = 0) {
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
     for (int d = 0; d < kDT; d += 2) {
       FragB<T> fb[2];
-      load_bt(fb, b, i * kStep<T>, col + 8 * d);
+      load_bt(fb, b, row + i * kStep<T>, col + 8 * d);
       mma<T>(c[d], p[i], fb[0]);
       mma<T>(c[d + 1], p[i], fb[1]);
     }

@@ -46,7 +46,7 @@ __device__ inline void finish_rows(void* out, int64_t head, int64_t rows, int64_
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads)
+__global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
     resident_bwd_kernel(const __grid_constant__ Resident p) {
   using S = ResidentBwd<kWidth>;
   using L = Layout<T, kWidth, S>;

@@ -73,7 +73,7 @@ __device__ inline bool set_references(Columns<S>& c, float& top, const float (&s
 }
 
 template <typename T, int kWidth, int kCols>
-__global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads)
+__global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
     resident_fwd_kernel(const __grid_constant__ Resident p) {
   using S = ResidentFwd<kWidth, kCols>;
   using L = Layout<T, kWidth, S>;
@@ -118,8 +118,10 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads)
     const Tile<T, kWidth> qk_a{L::stage(base, stage)}, v_a{qk_a.base + L::kA};
     const int m0 = start + j * S::kRows, row = m0 + row0 + lane / 4;
     const bool keep[2] = {row < a.rows && keep_a.at(row), row + 8 < a.rows && keep_a.at(row + 8)};
-    float s[1][kNT][4], u[2];
-    const auto scores = [&] {
+    float s[1][kNT][4], u[2], part[kNT][2];
+    // A second pass, from s itself, for the rare tile that e and the references cannot serve.
+    bool again = false;
+    do {
       uint64_t passes[1];
       clear(s);
       dot_tile(s, qk_a, row0, qk_b);
@@ -130,90 +132,106 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads)
           if (!inside.has(i / 4, i % 4)) s[0][i / 4][i % 4] = -kInf;
         }
       }
-    };
-    const auto new_references = [&] {
-      const bool near = set_references(state, top, s[0], u, keep, unit, other.rows);
 #pragma unroll
-      for (int i = 0; i < kMC * kDC * 4; ++i) {
-        const int m = i / (kDC * 4), d = i / 4 % kDC, r = i % 4 / 2;
-        acc[m][d][i % 4] *= state.alpha[group0 + 16 * m + lane / 4 + 8 * r];
+      for (int r = 0; r < 2; ++r) {
+        float most = -kInf;
+#pragma unroll
+        for (int i = 0; i < 2 * kNT; ++i) {
+          const float x = s[0][i / 2][2 * r + i % 2];
+          most = fmaxf(most, kept.all || kept.has(i / 2, i) ? x : -kInf);
+        }
+        u[r] = finite_or(quad_max(most) * unit, 0.0f);
       }
+      bool near = true, over = false;
+      if (stale || again) {
+        near = set_references(state, top, s[0], u, keep, unit, other.rows);
 #pragma unroll
-      for (int i = 0; i < kNT * 2; ++i) {
-        total[i / 2][i % 2] *= state.alpha[i / 2 * 8 + lane % 4 * 2 + i % 2];
+        for (int i = 0; i < kMC * kDC * 4; ++i) {
+          const int m = i / (kDC * 4), d = i / 4 % kDC, r = i % 4 / 2;
+          acc[m][d][i % 4] *= state.alpha[group0 + 16 * m + lane / 4 + 8 * r];
+        }
+#pragma unroll
+        for (int i = 0; i < kNT * 2; ++i) {
+          total[i / 2][i % 2] *= state.alpha[i / 2 * 8 + lane % 4 * 2 + i % 2];
+        }
+        stale = !near;
       }
-      return near;
-    };
-
-    scores();
+      if (again) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float most = -kInf;
+        for (int i = 0; i < 4 * kNT; ++i) {
+          const float ref = finite_or(state.ref[i / 4 * 8 + lane % 4 * 2 + i % 2], 0.0f);
+          s[0][i / 4][i % 4] = exp2_fast(fmaf(s[0][i / 4][i % 4], unit, -ref));
+        }
+      } else {
+        // Rows: o = e @ v_b / sum.
+        float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < 4 * kNT; ++i) {
+          float& x = s[0][i / 4][i % 4];
+          x = exp2_fast(fmaf(x, unit, -u[i % 4 / 2]));
+          sum[i % 4 / 2] += kept.all || kept.has(i / 4, i % 4) ? x : 0.0f;
+        }
+        FragA<T> frag[kSteps];
+        if (kept.all && !all.dropout.on) {
+#pragma unroll
+          for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &s[0][2 * i]);
+        } else {
+          uint64_t on[1] = {~uint64_t{0}};
+          if (all.dropout.on) {
+            drop_bits<1, kNT>(on, all.dropout, pair.drop_a, pair.flip, head, m0 + row0, 0);
+          }
+#pragma unroll
+          for (int i = 0; i < kSteps; ++i) {
+            float x[2][4];
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+              const int n = 2 * i + e / 4;
+              x[e / 4][e % 4] = kept.has(n, e % 4) ? s[0][n][e % 4] * all.dropout.factor : 0.0f;
+              x[e / 4][e % 4] = gate(on[0], n * 4 + e % 4, x[e / 4][e % 4]);
+            }
+            from_acc(frag[i], x);
+          }
+        }
+        float inverse[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          sum[r] = quad_sum(sum[r]);
+          inverse[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+          if (lane % 4 == 0 && row + 8 * r < end) {
+            const double lse2 = static_cast<double>(u[r]) + log2f(sum[r]);
+            a.lse[head * a.rows + row + 8 * r] = sum[r] == 0.0f ? -kInf : lse2 * kLn2;
+          }
+        }
+        T* out = static_cast<T*>(a.o) + head * a.rows * a.width_o;
+#pragma unroll 1
+        for (int col = 0; col < a.width_o; col += S::kChunk) {
+          float o[1][S::kChunk / 8][4];
+          clear(o);
+          dot_frags(o[0], frag, v_b, col);
+#pragma unroll
+          for (int i = 0; i < S::kChunk / 2; ++i) o[0][i / 4][i % 4] *= inverse[i % 4 / 2];
+          store_tile<T>(out, m0 + row0, end, static_cast<int>(a.width_o), col, o[0], room);
+        }
+        const float r[2] = {exp2_fast(u[0] - top), exp2_fast(u[1] - top)};
+#pragma unroll
+        for (int n = 0; n < kNT; ++n) {
+          const float2 gain = *reinterpret_cast<float2*>(&state.gain[n * 8 + lane % 4 * 2]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[0][n][i] *= r[i / 2] * (i % 2 ? gain.y : gain.x);
+        }
+        over = !near || (keep[0] && u[0] - top > 40.0f) || (keep[1] && u[1] - top > 40.0f);
+      }
+      // Columns: p_col to shared memory, and its sums.
+      if (!keep[0] || !keep[1]) {
+#pragma unroll
+        for (int i = 0; i < 4 * kNT; ++i) {
+          if (!keep[i % 4 / 2]) s[0][i / 4][i % 4] = 0.0f;  // also where it is not a number
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 2 * kNT; ++i) {
-        const float x = s[0][i / 2][2 * r + i % 2];
-        most = fmaxf(most, kept.all || kept.has(i / 2, i) ? x : -kInf);
-      }
-      u[r] = finite_or(quad_max(most) * unit, 0.0f);
-    }
-    const bool near = !stale || new_references();
-
-    // Rows: o = e @ v_b / sum.
-    float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < 4 * kNT; ++i) {
-      float& x = s[0][i / 4][i % 4];
-      x = exp2_fast(fmaf(x, unit, -u[i % 4 / 2]));
-      sum[i % 4 / 2] += kept.all || kept.has(i / 4, i % 4) ? x : 0.0f;
-    }
-    FragA<T> frag[kSteps];
-    if (kept.all && !all.dropout.on) {
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &s[0][2 * i]);
-    } else {
-      uint64_t on[1] = {~uint64_t{0}};
-      if (all.dropout.on) {
-        drop_bits<1, kNT>(on, all.dropout, pair.drop_a, pair.flip, head, m0 + row0, 0);
-      }
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        float x[2][4];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int n = 2 * i + e / 4;
-          x[e / 4][e % 4] = kept.has(n, e % 4) ? s[0][n][e % 4] * all.dropout.factor : 0.0f;
-          x[e / 4][e % 4] = gate(on[0], n * 4 + e % 4, x[e / 4][e % 4]);
-        }
-        from_acc(frag[i], x);
-      }
-    }
-    float inverse[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sum[r] = quad_sum(sum[r]);
-      inverse[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
-      if (lane % 4 == 0 && row + 8 * r < end) {
-        const double lse2 = static_cast<double>(u[r]) + log2f(sum[r]);
-        a.lse[head * a.rows + row + 8 * r] = sum[r] == 0.0f ? -kInf : lse2 * kLn2;
-      }
-    }
-    T* out = static_cast<T*>(a.o) + head * a.rows * a.width_o;
-#pragma unroll 1
-    for (int col = 0; col < a.width_o; col += S::kChunk) {
-      float o[1][S::kChunk / 8][4];
-      clear(o);
-      dot_frags(o[0], frag, v_b, col);
-#pragma unroll
-      for (int i = 0; i < S::kChunk / 2; ++i) o[0][i / 4][i % 4] *= inverse[i % 4 / 2];
-      store_tile<T>(out, m0 + row0, end, static_cast<int>(a.width_o), col, o[0], room);
-    }
-
-    // Columns: p_col to shared memory, its sums, and p_col.T @ v_a.
-    float part[kNT][2];
-    const auto emit = [&] {
-#pragma unroll
-      for (int n = 0; n < kNT; ++n) {
-        part[n][0] = s[0][n][0] + s[0][n][2], part[n][1] = s[0][n][1] + s[0][n][3];
+        part[i / 2][i % 2] = s[0][i / 2][i % 2] + s[0][i / 2][i % 2 + 2];
+        if (!again) over = over || !(part[i / 2][i % 2] <= 2048.0f);
       }
       if (all.dropout.on) {
         uint64_t on[1];
@@ -221,40 +239,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads)
         drop_tile(s[0], on[0], all.dropout.factor);
       }
       put_tile(p_col, row0, s[0]);
-    };
-    bool over = !near;
-    if (near) {
-      const float r[2] = {exp2_fast(u[0] - top), exp2_fast(u[1] - top)};
-#pragma unroll
-      for (int n = 0; n < kNT; ++n) {
-        const float2 gain = *reinterpret_cast<float2*>(&state.gain[n * 8 + lane % 4 * 2]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[0][n][i] *= r[i / 2] * (i % 2 ? gain.y : gain.x);
-      }
-      if (!keep[0] || !keep[1]) {
-#pragma unroll
-        for (int i = 0; i < 4 * kNT; ++i) {
-          if (!keep[i % 4 / 2]) s[0][i / 4][i % 4] = 0.0f;  // also where e is not a number
-        }
-      }
-      emit();
-      over = (keep[0] && u[0] - top > 40.0f) || (keep[1] && u[1] - top > 40.0f);
-#pragma unroll
-      for (int i = 0; i < 2 * kNT; ++i) over = over || !(part[i / 2][i % 2] <= 2048.0f);
-    }
-    stale = false;
-    if (__syncthreads_or(over)) {  // and orders the writes of p_col before its reads
-      scores();
-      stale = !new_references();
-#pragma unroll
-      for (int i = 0; i < 4 * kNT; ++i) {
-        const float ref = finite_or(state.ref[i / 4 * 8 + lane % 4 * 2 + i % 2], 0.0f);
-        float& x = s[0][i / 4][i % 4];
-        x = keep[i % 4 / 2] ? exp2_fast(fmaf(x, unit, -ref)) : 0.0f;
-      }
-      emit();
-      __syncthreads();  // orders the writes of p_col before its reads
-    }
+      again = __syncthreads_or(over);  // and orders the writes of p_col before its reads
+    } while (again);
 #pragma unroll
     for (int i = 0; i < 2 * kNT; ++i) total[i / 2][i % 2] += part[i / 2][i % 2];
     dot_trans<S::kRows>(acc, p_col, group0, v_a, col0, end - m0);

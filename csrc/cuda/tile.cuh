@@ -24,6 +24,15 @@ __device__ inline uint32_t load_shared(uint32_t address) {
   return v;
 }
 
+__device__ inline float4 load_shared4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 __device__ inline void store_shared(uint32_t address, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
@@ -47,6 +56,12 @@ struct Tile {
     return base + row * kRowBytes + chunk * 16 + col % kPer16 * static_cast<int>(sizeof(T));
   }
 };
+
+// The address `bytes` further along a row: the swizzle permutes chunks inside 128 bytes only, so
+// that the rest is an immediate offset.
+__device__ inline uint32_t along(uint32_t address, int bytes) {
+  return (address ^ (bytes & 127)) + (bytes & ~127);
+}
 
 // Copies `bytes` of 16 and fills the rest with zeros.
 __device__ inline void cp_async16(uint32_t to, const void* from, int bytes) {
@@ -120,30 +135,43 @@ __device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int r
   using Dst = Tile<T, kWidth>;
   constexpr int kRowsAtOnce = kThreads / Dst::kChunks;
   static_assert(kRowsAtOnce * Dst::kChunks == kThreads && kRowsAtOnce > 0);
+  static_assert(kRows % kRowsAtOnce == 0);
   const int col = threadIdx.x % Dst::kChunks * Dst::kPer16;
   const int first = threadIdx.x / Dst::kChunks;
   const T* from = m.data + (row0 + first) * m.stride_m + col * m.stride_d;
+  const int64_t step = kRowsAtOnce * m.stride_m;
   const int inside = max(0, min(Dst::kPer16, m.width - col));
+  const int bytes = inside * static_cast<int>(sizeof(T)), left = m.rows - row0 - first;
+  const uint32_t to0 = tile.address(first, col);
+  // The swizzle repeats every eight rows.
+  const auto place = [&](int r) {
+    return kRowsAtOnce % 8 == 0 ? to0 + r * Dst::kRowBytes : tile.address(first + r, col);
+  };
+  if (m.vectors && keep.data == nullptr) {
 #pragma unroll
-  for (int r = 0; r < kRows; r += kRowsAtOnce) {
-    const int row = r + first;
-    if (kRows % kRowsAtOnce != 0 && row >= kRows) break;
-    const bool on = row0 + row < m.rows && keep.at(row0 + row);
-    const uint32_t to = tile.address(row, col);
-    if (m.vectors) {
-      cp_async16(to, on ? from : m.data, on ? inside * static_cast<int>(sizeof(T)) : 0);
-    } else {
-      T v[Dst::kPer16];
-#pragma unroll
-      for (int i = 0; i < Dst::kPer16; ++i) {
-        v[i] = on && i < inside ? from[i * m.stride_d] : static_cast<T>(0.0f);
-      }
-      const uint4 w = *reinterpret_cast<const uint4*>(v);
-      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(w.x), "r"(w.y), "r"(w.z),
-                   "r"(w.w)
-                   : "memory");
+    for (int r = 0; r < kRows; r += kRowsAtOnce) {
+      cp_async16(place(r), from, r < left ? bytes : 0);
+      from += step;
     }
-    from += kRowsAtOnce * m.stride_m;
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < kRows; r += kRowsAtOnce) {
+      const bool on = r < left && keep.at(row0 + first + r);
+      if (m.vectors) {
+        cp_async16(place(r), from, on ? bytes : 0);
+      } else {
+        T v[Dst::kPer16];
+#pragma unroll
+        for (int i = 0; i < Dst::kPer16; ++i) {
+          v[i] = on && i < inside ? from[i * m.stride_d] : static_cast<T>(0.0f);
+        }
+        const uint4 w = *reinterpret_cast<const uint4*>(v);
+        asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(place(r)), "r"(w.x), "r"(w.y),
+                     "r"(w.z), "r"(w.w)
+                     : "memory");
+      }
+      from += step;
+    }
   }
 }
 

@@ -61,7 +61,7 @@ struct ResidentShape : Shape<kRows_, kCols_, kWarps_, 1, kStages_> {
   static constexpr int kGroups = kCols_ / 16 < kWarps_ ? kCols_ / 16 : kWarps_;
   static constexpr int kMC = kCols_ / 16 / kGroups, kDC = kWidth / 8 * kGroups / kWarps_;
   static_assert(kMC * kGroups * 16 == kCols_ && kDC * 8 * kWarps_ == kWidth * kGroups);
-  static constexpr int kChunk = kWidth < kCols_ ? kWidth : kCols_ < 64 ? kCols_ : 64;
+  static constexpr int kChunk = 32;  // columns of a row result at once
 };
 
 template <int kWidth, int kCols>
