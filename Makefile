@@ -22,7 +22,7 @@ test: lint
 # GPU tests: on a real GPU if there is one, else on the virtual one, as sm_80 and sm_90. Without
 # GPU_TESTS= they are the simulator's own and those of the GPU kernels; GPU_TESTS=tests adds the
 # suites of all ops, which take far longer on the virtual GPU.
-GPU_TESTS ?= tests/vgpu tests/test_gpu.py
+GPU_TESTS ?= tests/vgpu tests/test_gpu.py tests/test_cuda_launch.py
 test-gpu: build cuda
 	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS) -- $(GPU_TESTS)
 

@@ -1,0 +1,127 @@
+"""The C++ launch path of the CUDA kernels: streams, limits, refusals, memory that runs out; and
+what the compiler made of the kernels.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fusedmm
+from fusedmm.backends.native import extension
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available() or extension.MISSING_CUDA:
+    pytest.skip("no CUDA device, or no CUDA kernels in this build", allow_module_level=True)
+
+from benchmarks import gpu_resources  # noqa: E402
+
+_C = extension._C_cuda
+KIB = 1024
+
+
+def inputs(M: int = 40, N: int = 30, D: int = 16, dtype=torch.float16) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, n, D, generator=g).to("cuda", dtype) for n in (M, N, M, N)]
+
+
+def call(*tensors: torch.Tensor):
+    return torch.ops._fusedmm_C.bi_attention_fwd(*tensors, None, None, None, None, 1.0, 0.0, None)
+
+
+def test_kernels_run_on_the_current_stream():
+    tensors = inputs()
+    want = fusedmm.bi_attention(*tensors, backend="cuda")
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        got = fusedmm.bi_attention(*tensors, backend="cuda")
+    if "VGPU_ACTIVE" in os.environ:
+        import vgpu
+
+        assert vgpu.launches()[-1]["stream"] == side.cuda_stream
+    side.synchronize()
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+
+
+def test_geometry_fits_the_devices():
+    """General kernels fit every device from sm_80 on, resident ones at least sm_80's 163 KiB."""
+    kernels = _C.kernels()
+    assert {k["kernel"] for k in kernels} == {
+        "attend_fwd_kernel", "owner_bwd_kernel", "dbias_kernel", "resident_fwd_kernel",
+        "resident_bwd_kernel",
+    }  # fmt: skip
+    for k in kernels:
+        resident = k["kernel"].startswith("resident")
+        assert k["smem"] <= (163 if resident else 99) * KIB, k
+        assert k["threads"] % 32 == 0 and 0 < k["threads"] <= 256
+        assert k["rows"] % 16 == 0 and k["cols"] % 16 == 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.update(qk_y=t["qk_y"][..., :8]), "internal: bi_attention: expected shape"),
+        (lambda t: t.update(v_x=t["v_x"][:, :1]), "internal: v_x: expected shape"),
+        (lambda t: t.update(v_y=t["v_y"].float()), "internal: bi_attention: dtype or device"),
+        (lambda t: t.update({k: v.double() for k, v in t.items()}), "internal: dtype Double"),
+        (lambda t: t.update({k: v.repeat(1, 1, 1, 17) for k, v in t.items()}), "widths above 256"),
+        (lambda t: t.update({k: v[0] for k, v in t.items()}), "expected 4 dimensions"),
+    ],
+)
+def test_wrong_calls_of_the_raw_op_are_refused(change, message):
+    named = dict(zip(("qk_x", "qk_y", "v_x", "v_y"), inputs(), strict=True))
+    change(named)
+    with pytest.raises(RuntimeError, match=message):
+        call(*named.values())
+    call(*inputs())  # and the context lives
+
+
+@contextlib.contextmanager
+def memory(mib: int) -> Iterator[None]:
+    """No more than `mib` MiB for torch's allocator inside the block."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    used = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((used + mib * 2**20) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_out_of_memory_leaves_torch_usable():
+    """In the middle of forward, and of backward; afterwards the same call succeeds."""
+    small = inputs()
+    want = call(*small)
+    leaves = [t.requires_grad_() for t in inputs(M=20000, N=1, D=256)]  # 20 MB a stream
+    with memory(30), pytest.raises(torch.OutOfMemoryError):
+        fusedmm.bi_attention(*leaves, backend="cuda")
+    out = fusedmm.bi_attention(*leaves, backend="cuda")
+    upstream = [torch.ones_like(o) for o in out]
+    with memory(30), pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+    for g, w in zip(call(*small), want, strict=True):
+        assert torch.equal(g, w)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out, leaves, upstream))
+
+
+def test_devices_that_the_build_cannot_serve_are_named(monkeypatch):
+    monkeypatch.setattr(extension, "_unfit", lambda: "compiled for 7.0, which sm_80 cannot run")
+    with pytest.raises(NotImplementedError, match="cuda: compiled for 7.0, which sm_80 cannot"):
+        fusedmm.bi_attention(*inputs(), backend="cuda")
+
+
+@pytest.mark.skipif(gpu_resources.tool("cuobjdump") is None, reason="no cuobjdump")
+def test_machine_code():
+    """Tensor cores, ldmatrix and asynchronous copies are there; nothing but dbias spills."""
+    rows = gpu_resources.read()
+    assert len({r.name for r in rows}) == len(_C.kernels())
+    for r in rows:
+        for op in gpu_resources.WANTED:
+            assert r.opcodes[op] > 0, (r.name, op)
+    spilling = [r.name for r in rows if gpu_resources.spills(r) and r.kernel != "dbias_kernel"]
+    assert not spilling
