@@ -63,7 +63,8 @@ __device__ inline uint32_t along(uint32_t address, int bytes) {
   return (address ^ (bytes & 127)) + (bytes & ~127);
 }
 
-// Copies `bytes` of 16 and fills the rest with zeros.
+// Copies `bytes` of 16 and fills the rest with zeros; with 0 bytes `from` is not read, and may lie
+// past the tensor.
 __device__ inline void cp_async16(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
