@@ -354,6 +354,14 @@ T5 gru_cell_backward(const Tensor& gy, const Tensor& ws, bool bias) {
          gh = at::cat({gr, gz, gn * r}, 1);
   return {gi, gh, gy * z, bias ? gi.sum(0) : Tensor(), bias ? gh.sum(0) : Tensor()};
 }
+// Products of 16-bit factors in fp32 exist only as CUDA kernels.
+Tensor& bmm_dtype_out(const Tensor& a, const Tensor& b, at::ScalarType type, Tensor& out) {
+  return at::bmm_out(out, a.to(type), b.to(type));
+}
+Tensor& baddbmm_dtype_out(const Tensor& c, const Tensor& a, const Tensor& b, at::ScalarType type,
+                          const at::Scalar& beta, const at::Scalar& alpha, Tensor& out) {
+  return at::baddbmm_out(out, c, a.to(type), b.to(type), beta, alpha);
+}
 const char* kKeep[] = {"aten::empty",
                        "aten::empty_strided",
                        "aten::resize_",
@@ -398,6 +406,8 @@ void install() {
     for (const auto& r : op->schema().returns())
       if (r.alias_info() && !r.alias_info()->isWrite()) view = true;
     if (view || name.name.rfind("aten::_thnn_fused_", 0) == 0 ||
+        ((name.name == "aten::bmm" || name.name == "aten::baddbmm") &&
+         name.overload_name == "dtype_out") ||
         name.name == "aten::_use_cudnn_ctc_loss" || name.name == "aten::_use_miopen_ctc_loss" ||
         name.name == "aten::_fused_rms_norm_backward")
       continue;
@@ -413,6 +423,8 @@ void install() {
   lib->impl("_thnn_fused_gru_cell", torch::CppFunction::makeFromUnboxedFunction(&gru_cell));
   lib->impl("_thnn_fused_gru_cell_backward",
             torch::CppFunction::makeFromUnboxedFunction(&gru_cell_backward));
+  lib->impl("bmm.dtype_out", torch::CppFunction::makeFromUnboxedFunction(&bmm_dtype_out));
+  lib->impl("baddbmm.dtype_out", torch::CppFunction::makeFromUnboxedFunction(&baddbmm_dtype_out));
   lib->impl("_use_miopen_ctc_loss", torch::CppFunction::makeFromUnboxedFunction(&no_miopen_ctc));
   lib->impl("_use_miopen_ctc_loss.Tensor",
             torch::CppFunction::makeFromUnboxedFunction(&no_cudnn_ctc_t));

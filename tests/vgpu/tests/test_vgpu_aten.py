@@ -336,3 +336,14 @@ def test_oom_limit_from_env(sub):
         128,
     )
     assert "count 8" in r.stdout or "count 7" in r.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_of_16_bit_factors_in_fp32(dtype):
+    a, b = torch.randn(2, 5, 7, dtype=dtype), torch.randn(2, 7, 3, dtype=dtype)
+    want = a.float() @ b.float()
+    out = torch.empty(2, 5, 3, device="cuda")
+    torch.bmm(a.cuda(), b.cuda(), out_dtype=torch.float32, out=out)
+    torch.testing.assert_close(out.cpu(), want)
+    torch.baddbmm(out, a.cuda(), b.cuda(), out_dtype=torch.float32, out=out)
+    torch.testing.assert_close(out.cpu(), 2 * want)
