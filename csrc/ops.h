@@ -76,6 +76,9 @@ std::vector<at::Tensor> fusion_attention_bwd(
 }  // namespace cpu
 namespace cuda {
 FMM_OPS
-}
+
+// Sets the bytes that a loss's chunk of scores may take; returns what they were.
+int64_t pair_workspace(int64_t bytes);
+}  // namespace cuda
 
 }  // namespace fmm

@@ -4,6 +4,9 @@ the reference's own dropout mask, chunks of the losses, many heads, offsets beyo
 The suites in tests/test_<op>.py run on these backends as well.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import harness
 import pytest
 import torch
@@ -17,6 +20,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from fusedmm import backends, problem  # noqa: E402
+from fusedmm.backends.native import extension  # noqa: E402
 from fusedmm.backends.triton import _pairs  # noqa: E402
 from fusedmm.tuning import lookup  # noqa: E402
 
@@ -145,17 +149,110 @@ def test_nothing_at_all(op, backend, regime, dtype):
     check(op, backend, streams(op, 1, 2, 2 * M, 2 * N, 64, 64, 64), dict(return_lse=True), dtype)
 
 
+@contextlib.contextmanager
+def workspace(backend: str, size: int) -> Iterator[None]:
+    """No more than `size` bytes, or one tile's rows, for a loss's chunk."""
+    if backend == "triton":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_pairs, "WORKSPACE", size)
+            yield
+        return
+    before = extension._C_cuda.pair_workspace(size)
+    try:
+        yield
+    finally:
+        extension._C_cuda.pair_workspace(before)
+
+
 @on_each_dtype(DTYPES, "contrastive_loss", "sigmoid_loss")
-@pytest.mark.parametrize("workspace", [1, 2**20], ids=["chunks", "whole"])
-def test_losses_in_chunks(op, backend, workspace, dtype, monkeypatch, small_tiles):
+@pytest.mark.parametrize("size", [1, 2**20], ids=["chunks", "whole"])
+def test_losses_in_chunks(op, backend, size, dtype, small_tiles):
     """Chunks of one tile's rows give what one chunk gives; both L2-normalise."""
-    monkeypatch.setattr(_pairs, "WORKSPACE", workspace)
-    tensors = dict(x=randn(2, 75, 40, seed=1), y=randn(2, 75, 40, seed=2))
+    tensors = dict(x=randn(2, 150, 40, seed=1), y=randn(2, 150, 40, seed=2))
     options = dict(reduction="none", logit_scale=torch.tensor(8.0))
     if op == "sigmoid_loss":
         options["logit_bias"] = -2.0
-    for normalize in (False, True):
-        check(op, backend, tensors, options | dict(normalize=normalize), dtype)
+    ids = torch.randint(60, (2, 150), generator=torch.Generator().manual_seed(3))
+    for features in ({}, {"normalize": True}, {"ids_x": ids, "ids_y": ids.flip(0)}):
+        with workspace(backend, size):
+            check(op, backend, tensors, options | features, dtype)
+
+
+@on_each_dtype((torch.float32, torch.bfloat16), "contrastive_loss", "sigmoid_loss")
+def test_losses_need_no_room_for_scores(op, backend, dtype):
+    """Twice the rows, twice the memory at the peak of forward and backward."""
+    peaks = []
+    for rows in (400, 800):
+        tensors = dict(x=randn(rows, 16, seed=1).to(dtype), y=randn(rows, 16, seed=2).to(dtype))
+        options = dict(logit_scale=8.0) | (dict(logit_bias=-2.0) if op == "sigmoid_loss" else {})
+        with workspace(backend, 2**17):
+            outcome(op, tensors, options, backend, "cuda", dtype)  # compiles
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            outcome(op, tensors, options, backend, "cuda", dtype)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 2.1 * peaks[0] and peaks[1] < 2 * 800 * 800, peaks
+
+
+on_cuda_losses = pytest.mark.skipif("cuda" not in usable("sigmoid_loss"), reason="not built")
+
+
+@on_cuda_losses
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.update(y=t["y"][..., :8]), "internal: y: expected shape"),
+        (lambda t: t.update(y=t["y"].half()), "internal: y: dtype or device"),
+        (lambda t: t.update(y=t["y"].cpu()), "internal: y: dtype or device"),
+        (lambda t: t.update(x=t["x"].double(), y=t["y"].double()), "internal: dtype Double"),
+        (lambda t: t.update(x=t["x"][0]), "internal: x, y: expected 3 dimensions"),
+        (lambda t: t.update(scale=t["scale"].expand(3)), "internal: logit_scale: expected shape"),
+        (lambda t: t.update(positives=t["positives"].int()), "internal: positives: int64"),
+        (lambda t: t.update(positives=t["positives"][:, 1:]), "internal: positives: expected"),
+        (lambda t: t.update(ids_x=t["positives"]), "internal: ids_x, ids_y: one without"),
+    ],
+)
+def test_wrong_calls_of_the_raw_losses_are_refused(change, message):
+    x = randn(2, 20, 16, seed=1).cuda()
+    named = dict(x=x, y=x, scale=x.new_ones(1), positives=torch.arange(20).expand(2, 20).cuda())
+    named |= dict(ids_x=None, ids_y=None)
+    ops = torch.ops._fusedmm_C
+    ops.contrastive_loss_fwd(*named.values(), False, True, True, True)
+    change(named)
+    with pytest.raises(RuntimeError, match=message):
+        ops.contrastive_loss_fwd(*named.values(), False, True, True, True)
+    bias = x.new_zeros(1)
+    scores = [named.pop(k) for k in ("x", "y", "scale")]
+    with pytest.raises(RuntimeError, match=message):
+        ops.sigmoid_loss_fwd(*scores, bias, *named.values(), True)
+
+
+@on_cuda_losses
+def test_losses_without_memory_leave_torch_usable():
+    """In the middle of forward, and of backward; afterwards the same call succeeds."""
+    x, y = (randn(64, 100_000, seed=i).half().cuda().requires_grad_() for i in range(2))
+
+    @contextlib.contextmanager
+    def memory(mib: int) -> Iterator[None]:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        allowed = torch.cuda.memory_reserved() + mib * 2**20
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    def loss() -> Tensor:
+        return fusedmm.contrastive_loss(x, y, 10.0, normalize=True, backend="cuda")
+
+    with memory(20), pytest.raises(torch.OutOfMemoryError):
+        loss()
+    value = loss()
+    with memory(60), pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.grad(value, (x, y), retain_graph=True)
+    assert torch.equal(loss(), value)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(value, (x, y)))
 
 
 @on_each_dtype((torch.float32, torch.bfloat16), "bi_attention")

@@ -37,17 +37,24 @@ auto pick_width(int width, const F& f) {
   }
 }
 
+// f(TypeTag<T>).
+template <typename F>
+auto pick(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kHalf:
+      return f(TypeTag<__half>());
+    case DType::kBFloat16:
+      return f(TypeTag<__nv_bfloat16>());
+    default:
+      return f(TypeTag<float>());
+  }
+}
+
 // f(TypeTag<T>, width as a constant) for a padded width.
 template <typename F>
 auto pick(DType dtype, int width, const F& f) {
-  switch (dtype) {
-    case DType::kHalf:
-      return pick_width<__half>(width, f);
-    case DType::kBFloat16:
-      return pick_width<__nv_bfloat16>(width, f);
-    default:
-      return pick_width<float>(width, f);
-  }
+  return pick(dtype,
+              [&](auto type) { return pick_width<typename decltype(type)::Type>(width, f); });
 }
 
 }  // namespace fmm

@@ -14,6 +14,10 @@ TORCH_LIBRARY_IMPL(_fusedmm_C, CUDA, m) {
   FMM_IMPL(bi_attention_bwd);
   FMM_IMPL(co_attention_fwd);
   FMM_IMPL(co_attention_bwd);
+  FMM_IMPL(contrastive_loss_fwd);
+  FMM_IMPL(contrastive_loss_bwd);
+  FMM_IMPL(sigmoid_loss_fwd);
+  FMM_IMPL(sigmoid_loss_bwd);
 }
 
 namespace {
@@ -63,4 +67,6 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "fusedmm's CUDA kernels; ops are in torch.ops._fusedmm_C.";
   m.attr("archs") = FMM_CUDA_ARCHS;
   m.def("kernels", &kernels);
+  m.def("pair_workspace", &fmm::cuda::pair_workspace, pybind11::arg("bytes"),
+        "Sets the bytes that a loss's chunk of scores may take; returns what they were.");
 }

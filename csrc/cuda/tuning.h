@@ -16,6 +16,8 @@ struct Shape {
   static_assert(kNT * 8 == kCols && kNT % 2 == 0 && kNT <= 16);
 };
 
+struct PairTile : Shape<64, 64, 4, 1, 1> {};  // products of a loss, read from memory
+
 template <int kBytes, int kWidth>
 struct AttendFwd;  // one direction: q resident, k and v walked
 template <>
