@@ -41,6 +41,12 @@ struct ColumnGrads {
 
   float* at_b(float* acc, int64_t n) const { return acc + size() - N + n; }
 
+  // Zeroes what is only ever added to: the first product of a task sets dk and dv, if it has one.
+  void clear(float* acc, bool all) const {
+    if (all) std::fill(acc, acc + size(), 0.0f);
+    if (db) std::fill(at_b(acc, 0), at_b(acc, N), 0.0f);
+  }
+
   void write(float* acc, int64_t bh, int64_t n0, int64_t n1) const {
     write_rows(dv, dtype, at_v(acc, n0), bh * N + n0, n1 - n0, Dv, ld_v(), 1.0f);
     write_rows(dk, dtype, at_k(acc, n0), bh * N + n0, n1 - n0, D, ld_k(), scale);

@@ -99,11 +99,15 @@ class Tiles {
   Chunks deal_;
 };
 
-// Column softmax of one plane and chunk: reference, sum, unnormalised output.
+// Column softmax of one plane and chunk: reference, sum (both in whole vectors), unnormalised
+// output.
 struct Columns {
   float *reference, *sum, *acc;
-  static int64_t size(int64_t N, int64_t width) { return N * (width + 2); }
-  static Columns at(float* p, int64_t N) { return {p, p + N, p + 2 * N}; }
+  static int64_t size(int64_t N, int64_t width) { return 2 * round_up(N, kLanes) + N * width; }
+  static Columns at(float* p, int64_t N) {
+    const int64_t each = round_up(N, kLanes);
+    return {p, p + each, p + 2 * each};
+  }
 };
 
 template <class U>
@@ -177,7 +181,7 @@ class Forward : Tiles {
     const int64_t end = std::min(a_.M, begin + deal_.chunk_rows);
     std::fill(c.reference, c.reference + a_.N, -kInf);
     std::fill(c.sum, c.sum + a_.N, 0.0f);
-    std::fill(c.acc, c.acc + a_.N * width_x_, 0.0f);
+    if (begin >= end) std::fill(c.acc, c.acc + a_.N * width_x_, 0.0f);  // else by the first rows
     TileShape t{};
     t.b = bh / a_.H, t.h = bh % a_.H, t.bh = bh;
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
@@ -189,7 +193,7 @@ class Forward : Tiles {
       }
       std::fill(w.reference, w.reference + rows, -kInf);
       std::fill(w.sum, w.sum + rows, 0.0f);
-      std::fill(w.o, w.o + rows * width_y_, 0.0f);
+      if (a_.N == 0) std::fill(w.o, w.o + rows * width_y_, 0.0f);  // else by the first columns
       for (int64_t n0 = 0; n0 < a_.N; n0 += kBlock) {
         const int64_t slot = stay_ ? n0 / kBlock : 0;
         U *kt = w.kt + slot * kt_, *vy = w.vy + slot * vy_;
@@ -203,7 +207,7 @@ class Forward : Tiles {
         for (int64_t r = 0; r < rows; r += kBlock) {
           t.m0 = m0 + r;
           t.rows = static_cast<int>(std::min<int64_t>(kBlock, rows - r));
-          tile(w, t, r, kt, vy, c);
+          tile(w, t, r, kt, vy, c, t.m0 == begin);
         }
       }
       finish_rows(w, t, m0, rows, m0 - begin);
@@ -231,23 +235,19 @@ class Forward : Tiles {
     }
   }
 
-  void tile(Work& w, const TileShape& t, int64_t r, const U* kt, const U* vy,
-            const Columns& c) const {
+  // `first`: of the rows that meet these columns, whose sums it starts.
+  void tile(Work& w, const TileShape& t, int64_t r, const U* kt, const U* vy, const Columns& c,
+            bool first) const {
     scores(w.q + r * units<U>(a_.D), kt, t.rows, t.cols, a_.D, w.s);
     load_tile(w, t);
     apply(w, t);
     float *reference = w.reference + r, *sum = w.sum + r, *o = w.o + r * width_y_;
     const bool masked = !w.mask.full || w.mask.row;
     (masked ? maxima<true> : maxima<false>)(w.s, w.mask, t.rows, t.nv, w.row_top, w.column_top);
-    for (int i = 0; i < t.rows; ++i) {
-      raise(w.row_top[i], reference[i], sum[i], o + i * width_y_, width_y_, rule_.unit);
-    }
-    float* acc = c.acc + t.n0 * width_x_;
-    for (int j = 0; j < t.cols; ++j) {
-      float& ref = c.reference[t.n0 + j];
-      raise(w.column_top[j], ref, c.sum[t.n0 + j], acc + j * width_x_, width_x_, rule_.unit);
-      w.column_ref[j] = finite_reference(ref);
-    }
+    raise_all(w.row_top, reference, sum, o, width_y_, t.rows, rule_.unit);
+    float *column_reference = c.reference + t.n0, *acc = c.acc + t.n0 * width_x_;
+    raise_all(w.column_top, column_reference, c.sum + t.n0, acc, width_x_, t.cols, rule_.unit);
+    for (int j = 0; j < t.cols; ++j) w.column_ref[j] = finite_reference(column_reference[j]);
     std::fill(w.column_ref + t.cols, w.column_ref + kBlock, kInf);
     if (masked) {
       probabilities<true, false>(w, t, reference, sum);
@@ -257,41 +257,56 @@ class Forward : Tiles {
                     : probabilities<false, false>(w, t, reference, sum);
     }
     for (int j = 0; j < t.cols; ++j) c.sum[t.n0 + j] += w.column_sum[j];
-    times_rows(w.row, t.rows, t.cols, vy, t.cols, vectors(a_.Dv_y), o, width_y_);
+    times_rows(w.row, t.rows, t.cols, vy, t.cols, vectors(a_.Dv_y), o, width_y_, t.n0 > 0);
     times_columns(w.column, t.rows, t.cols, w.vx + r / kBlock * vx_, t.rows, vectors(a_.Dv_x), acc,
-                  width_x_);
+                  width_x_, !first);
   }
 
   template <bool kMasked, bool kOneExp>
   void probabilities(Work& w, const TileShape& t, const float* reference, float* sums) const {
     std::fill(w.column_sum, w.column_sum + kBlock, 0.0f);
     const Vec exponent = splat(rule_.unit.exponent);
-    for (int i = 0; i < t.rows; ++i) {
-      const float* s = w.s + i * kBlock;
-      const bool kept = !kMasked || w.mask.row_kept(i);
-      const Vec ref = splat(finite_reference(reference[i]));
-      const Vec carry = splat(kOneExp ? w.transfer.row[i] : 0.0f);
-      Vec total{};
-      for (int v = 0; v < t.nv; ++v) {
-        const int at = v * kLanes;
-        const Vec x = load(s + at);
-        Vec p = exp2((x - ref) * exponent), q;
-        if constexpr (kOneExp) {
-          q = p * (carry * load(w.transfer.column + at));
-        } else {
-          q = kept ? exp2((x - load(w.column_ref + at)) * exponent) : Vec{};
-        }
-        if constexpr (kMasked) p = select(w.mask.columns(v), p, Vec{});
-        total += p;
-        store(w.column_sum + at, load(w.column_sum + at) + q);
-        if (w.drop_row) {
-          p *= load(w.drop_row + i * kBlock + at);
-          q *= load(w.drop_column + i * kBlock + at);
-        }
-        w.row.put_rm(i, v, p);
-        w.column.put_tr(i, v, q);
+    // Copies: after a store the compiler would load them again.
+    const PTile<U> to_row = w.row, to_column = w.column;
+    const float *s = w.s, *drop_row = w.drop_row, *drop_column = w.drop_column;
+    const int rows = t.rows, nv = t.nv;
+    for (int i = 0; i < rows; i += 2) {
+      const int count = std::min(2, rows - i);
+      bool kept[2];
+      Vec ref[2], carry[2], total[2] = {};
+      for (int k = 0; k < 2; ++k) {
+        kept[k] = k < count && (!kMasked || w.mask.row_kept(i + k));
+        ref[k] = splat(finite_reference(reference[i + k]));
+        carry[k] = splat(kOneExp ? w.transfer.row[i + k] : 0.0f);
       }
-      sums[i] += sum(total);
+      for (int v = 0; v < nv; ++v) {
+        const int at = v * kLanes;
+        Vec p[2], q[2];
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+          const Vec x = load(s + (i + k) * kBlock + at);
+          p[k] = exp2((x - ref[k]) * exponent);
+          if constexpr (kOneExp) {
+            q[k] = p[k] * (carry[k] * load(w.transfer.column + at));
+          } else {
+            q[k] = kept[k] ? exp2((x - load(w.column_ref + at)) * exponent) : Vec{};
+          }
+          if constexpr (kMasked) p[k] = select(w.mask.columns(v), p[k], Vec{});
+          total[k] += p[k];
+        }
+        if (count < 2) p[1] = q[1] = Vec{};
+        store(w.column_sum + at, load(w.column_sum + at) + (q[0] + q[1]));
+        if (drop_row) {
+#pragma GCC unroll 2
+          for (int k = 0; k < 2; ++k) {
+            p[k] *= load(drop_row + (i + k) * kBlock + at);
+            q[k] *= load(drop_column + (i + k) * kBlock + at);
+          }
+        }
+        to_row.template put<true, false>(i, v, p[0], p[1]);
+        to_column.template put<false, true>(i, v, q[0], q[1]);
+      }
+      for (int k = 0; k < count; ++k) sums[i + k] += sum(total[k]);
     }
   }
 
@@ -479,7 +494,7 @@ class Backward : Tiles {
       w.delta_x[i] =
           summed_ ? -g_.dlse_x[row + i] : row_delta(d_o, o, g_.dlse_x + row, i, a_.Dv_y, w.floats);
     }
-    if (!first_head(t)) return;
+    if (a_.N > 0 || !first_head(t)) return;
     std::fill(w.dq, w.dq + rows * width_, 0.0f);
     std::fill(w.dv, w.dv + rows * width_x_, 0.0f);
   }
@@ -490,7 +505,7 @@ class Backward : Tiles {
   void task(Work& w, int64_t bh, int64_t chunk, float* acc) const {
     const int64_t begin = chunk * deal_.chunk_rows;
     const int64_t end = std::min(a_.M, begin + deal_.chunk_rows);
-    std::fill(acc, acc + sums_.size(), 0.0f);
+    sums_.clear(acc, begin >= end);
     const DType dtype = a_.qk_x.dtype;
     TileShape t{};
     t.b = bh / a_.H, t.h = bh % a_.H, t.bh = bh;
@@ -525,7 +540,7 @@ class Backward : Tiles {
         for (int64_t r = 0; r < rows; r += kBlock) {
           t.m0 = m0 + r;
           t.rows = static_cast<int>(std::min<int64_t>(kBlock, rows - r));
-          tile(w, t, r, column, acc);
+          tile(w, t, r, column, acc, t.m0 == begin);
         }
       }
       if (!last_head(t)) continue;
@@ -566,7 +581,8 @@ class Backward : Tiles {
     }
   }
 
-  void tile(Work& w, const TileShape& t, int64_t r, const U* column, float* acc) const {
+  // `first`: of the rows that meet these columns, whose sums it starts.
+  void tile(Work& w, const TileShape& t, int64_t r, const U* column, float* acc, bool first) const {
     const U *dot = column + columns_.kt + columns_.vt, *k = dot + columns_.dot,
             *d_o = k + columns_.k;
     if (!summed_) {
@@ -591,6 +607,7 @@ class Backward : Tiles {
       w.transfer.ok ? gradients<false, true>(w, t, r) : gradients<false, false>(w, t, r);
     }
     const int64_t block = r / kBlock;
+    const bool add = t.n0 > 0 || !first_head(t);
     float *dv_y = sums_.at_v(acc, t.n0), *dk_y = sums_.at_k(acc, t.n0);
     if (sums_.db) {
       float* db = sums_.at_b(acc, t.n0);
@@ -598,18 +615,19 @@ class Backward : Tiles {
     }
     if (g_.dv_y) {
       times_columns(w.p_row, t.rows, t.cols, w.do_b + block * b_units<U>(kBlock, a_.Dv_y), t.rows,
-                    vectors(a_.Dv_y), dv_y, width_y_);
+                    vectors(a_.Dv_y), dv_y, width_y_, !first);
     }
     if (g_.dv_x) {
       times_rows(w.p_column, t.rows, t.cols, d_o, t.cols, vectors(a_.Dv_x), w.dv + r * width_x_,
-                 width_x_);
+                 width_x_, add);
     }
     if (g_.dqk_x) {
-      times_rows(w.ds, t.rows, t.cols, k, t.cols, vectors(a_.D), w.dq + r * width_, width_);
+      times_rows(w.ds, t.rows, t.cols, k, t.cols, vectors(a_.D), w.dq + r * width_, width_,
+                 add || one_dx());
     }
     if (g_.dqk_y) {
       times_columns(w.ds, t.rows, t.cols, w.q_b + block * b_units<U>(kBlock, a_.D), t.rows,
-                    vectors(a_.D), dk_y, width_);
+                    vectors(a_.D), dk_y, width_, !first);
     }
   }
 
@@ -617,43 +635,65 @@ class Backward : Tiles {
   void gradients(Work& w, const TileShape& t, int64_t r) const {
     const Vec exponent = splat(rule_.unit.exponent);
     std::fill(w.column_ds, w.column_ds + kBlock, 0.0f);
-    for (int i = 0; i < t.rows; ++i) {
-      const int row = i * kBlock;
-      const bool kept = !kMasked || w.mask.row_kept(i);
-      const Vec row_lse = splat(w.lse_x[r + i]), row_low = splat(w.low_x[r + i]);
-      Vec shared{};
-      const Vec row_delta = splat(w.delta_x[r + i]);
-      const Vec carry = splat(kOneExp ? w.transfer.row[i] : 0.0f);
-      for (int v = 0; v < t.nv; ++v) {
+    // Copies: after a store the compiler would load them again.
+    const PTile<U> p_row = w.p_row, p_column = w.p_column, to_ds = w.ds;
+    const float *s = w.s, *dpr = w.dpr, *dpc = w.dpc, *passed = w.passed;
+    const float *drop_row = w.drop_row, *drop_column = w.drop_column;
+    const bool want_ds = want_ds_, want_bias = bias_.data, want_columns = sums_.db;
+    const int rows = t.rows, nv = t.nv;
+    for (int i = 0; i < rows; i += 2) {
+      const int count = std::min(2, rows - i);
+      bool kept[2];
+      Vec lse[2], low[2], delta[2], carry[2], shared[2] = {};
+      for (int k = 0; k < 2; ++k) {
+        kept[k] = k < count && (!kMasked || w.mask.row_kept(i + k));
+        lse[k] = splat(w.lse_x[r + i + k]), low[k] = splat(w.low_x[r + i + k]);
+        delta[k] = splat(w.delta_x[r + i + k]);
+        carry[k] = splat(kOneExp ? w.transfer.row[i + k] : 0.0f);
+      }
+      for (int v = 0; v < nv; ++v) {
         const int at = v * kLanes;
-        const Vec x = load(w.s + row + at);
-        Vec p = exp2((x - row_lse - row_low) * exponent), q;
-        if constexpr (kOneExp) {
-          q = p * (carry * load(w.transfer.column + at));
-        } else {
-          const Vec less = x - load(w.column_lse + at) - load(w.column_low + at);
-          q = kept ? exp2(less * exponent) : Vec{};
-        }
-        if constexpr (kMasked) p = select(w.mask.columns(v), p, Vec{});
-        if (want_ds_) {
-          Vec dp = load(w.dpr + row + at), dq = load(w.dpc + row + at);
-          if (w.drop_row) {
-            dp *= load(w.drop_row + row + at);
-            dq *= load(w.drop_column + row + at);
+        Vec p[2], q[2], ds[2] = {};
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+          const int here = (i + k) * kBlock + at;
+          const Vec x = load(s + here);
+          p[k] = exp2((x - lse[k] - low[k]) * exponent);
+          if constexpr (kOneExp) {
+            q[k] = p[k] * (carry[k] * load(w.transfer.column + at));
+          } else {
+            const Vec less = x - load(w.column_lse + at) - load(w.column_low + at);
+            q[k] = kept[k] ? exp2(less * exponent) : Vec{};
           }
-          Vec ds = p * (dp - row_delta) + q * (dq - load(w.column_delta + at));
-          if (bias_.data) bias_.add(t, i, v, ds, shared);
-          if (sums_.db) store(w.column_ds + at, load(w.column_ds + at) + ds);
-          if (w.passed) ds = load(w.passed + row + at) == Vec{} ? Vec{} : ds;
-          w.ds.put_rm(i, v, ds);
-          if (PTile<U>::kTwo) w.ds.put_tr(i, v, ds);
+          if constexpr (kMasked) p[k] = select(w.mask.columns(v), p[k], Vec{});
+          if (want_ds) {
+            Vec dp = load(dpr + here), dq = load(dpc + here);
+            if (drop_row) {
+              dp *= load(drop_row + here);
+              dq *= load(drop_column + here);
+            }
+            ds[k] = p[k] * (dp - delta[k]) + q[k] * (dq - load(w.column_delta + at));
+            if (want_bias && k < count) bias_.add(t, i + k, v, ds[k], shared[k]);
+          }
+          if (drop_row) {
+            p[k] *= load(drop_row + here);
+            q[k] *= load(drop_column + here);
+          }
         }
-        if (w.drop_row) {
-          p *= load(w.drop_row + row + at);
-          q *= load(w.drop_column + row + at);
+        if (count < 2) p[1] = q[1] = ds[1] = Vec{};
+        if (want_ds) {
+          if (want_columns) store(w.column_ds + at, load(w.column_ds + at) + (ds[0] + ds[1]));
+          if (passed) {
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; ++k) {
+              const IVec stopped = load(passed + (i + k) * kBlock + at) == Vec{};
+              ds[k] = select(stopped, Vec{}, ds[k]);
+            }
+          }
+          to_ds.template put<true, true>(i, v, ds[0], ds[1]);
         }
-        w.p_row.put_tr(i, v, p);
-        w.p_column.put_rm(i, v, q);
+        p_row.template put<false, true>(i, v, p[0], p[1]);
+        p_column.template put<true, false>(i, v, q[0], q[1]);
       }
     }
   }

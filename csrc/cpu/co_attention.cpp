@@ -107,7 +107,7 @@ class Forward : Side {
       pack_a(w.q, rows_of(s_.q, t.b, t.h, m0), rows, s_.D);
       std::fill(w.reference, w.reference + rows, -kInf);
       std::fill(w.sum, w.sum + rows, 0.0f);
-      std::fill(w.o, w.o + rows * width_v_, 0.0f);
+      if (s_.N == 0) std::fill(w.o, w.o + rows * width_v_, 0.0f);  // else by the first columns
       for (int64_t n0 = 0; n0 < s_.N; n0 += kBlock) {
         const int64_t slot = stay_ ? n0 / kBlock : 0;
         U *kt = w.kt + slot * kt_, *v = w.v + slot * v_;
@@ -138,28 +138,31 @@ class Forward : Side {
     float *reference = w.reference + r, *sums = w.sum + r, *o = w.o + r * width_v_;
     w.mask.full ? softmax<false>(w, t, reference, sums, o)
                 : softmax<true>(w, t, reference, sums, o);
-    times_rows(w.p, t.rows, t.cols, v, t.cols, vectors(s_.Dv), o, width_v_);
+    times_rows(w.p, t.rows, t.cols, v, t.cols, vectors(s_.Dv), o, width_v_, t.n0 > 0);
   }
 
   template <bool kMasked>
   void softmax(Work& w, const TileShape& t, float* reference, float* sums, float* o) const {
     const Vec exponent = splat(rule_.unit.exponent);
-    for (int i = 0; i < t.rows; ++i) {
+    const PTile<U> to = w.p;  // copies: after a store the compiler would load them again
+    const float* drop = w.drop;
+    const int rows = t.rows, nv = t.nv;
+    for (int i = 0; i < rows; ++i) {
       const float* s = w.s + i * kBlock;
       Vec top = splat(-kInf);
-      for (int v = 0; v < t.nv; ++v) {
+      for (int v = 0; v < nv; ++v) {
         const Vec x = load(s + v * kLanes);
         top = max_skip_nan(kMasked ? select(w.mask.columns(v), x, splat(-kInf)) : x, top);
       }
       raise(max(top), reference[i], sums[i], o + i * width_v_, width_v_, rule_.unit);
       const Vec ref = splat(finite_reference(reference[i]));
       Vec total{};
-      for (int v = 0; v < t.nv; ++v) {
+      for (int v = 0; v < nv; ++v) {
         Vec p = exp2((load(s + v * kLanes) - ref) * exponent);
         if constexpr (kMasked) p = select(w.mask.columns(v), p, Vec{});
         total += p;
-        if (w.drop) p *= load(w.drop + i * kBlock + v * kLanes);
-        w.p.put_rm(i, v, p);
+        if (drop) p *= load(drop + i * kBlock + v * kLanes);
+        to.put_rm(i, v, p);
       }
       sums[i] += sum(total);
     }
@@ -267,13 +270,13 @@ class Backward : Side {
       w.lse[i] = lse.high, w.low[i] = lse.low;
       w.delta[i] = row_delta(d_o, o, g_.dlse + row, i, s_.Dv, w.floats);
     }
-    std::fill(w.dq, w.dq + rows * width_, 0.0f);
+    if (s_.N == 0) std::fill(w.dq, w.dq + rows * width_, 0.0f);  // else by the first columns
   }
 
   void task(Work& w, int64_t bh, int64_t chunk, float* acc) const {
     const int64_t begin = chunk * deal_.chunk_rows;
     const int64_t end = std::min(s_.M, begin + deal_.chunk_rows);
-    std::fill(acc, acc + sums_.size(), 0.0f);
+    sums_.clear(acc, begin >= end);
     TileShape t{};
     t.b = bh / a_.H, t.h = bh % a_.H, t.bh = bh;
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
@@ -294,14 +297,15 @@ class Backward : Side {
         for (int64_t r = 0; r < rows; r += kBlock) {
           t.m0 = m0 + r;
           t.rows = static_cast<int>(std::min<int64_t>(kBlock, rows - r));
-          tile(w, t, r, column, acc);
+          tile(w, t, r, column, acc, t.m0 == begin);
         }
       }
       write_rows(g_.dq, s_.q.dtype, w.dq, bh * s_.M + m0, rows, s_.D, width_, s_.scale);
     }
   }
 
-  void tile(Work& w, const TileShape& t, int64_t r, const U* column, float* acc) const {
+  // `first`: of the rows that meet these columns, whose sums it starts.
+  void tile(Work& w, const TileShape& t, int64_t r, const U* column, float* acc, bool first) const {
     scores(w.q + r * units<U>(s_.D), column, t.rows, t.cols, s_.D, w.s);
     if (want_ds_) {
       scores(w.d_o + r * units<U>(s_.Dv), column + kt_, t.rows, t.cols, s_.Dv, w.dp);
@@ -311,40 +315,51 @@ class Backward : Side {
     const int64_t block = r / kBlock;
     if (g_.dv) {
       times_columns(w.p, t.rows, t.cols, w.do_b + block * b_units<U>(kBlock, s_.Dv), t.rows,
-                    vectors(s_.Dv), sums_.at_v(acc, t.n0), width_v_);
+                    vectors(s_.Dv), sums_.at_v(acc, t.n0), width_v_, !first);
     }
     if (g_.dq) {
       times_rows(w.ds, t.rows, t.cols, column + kt_ + vt_, t.cols, vectors(s_.D), w.dq + r * width_,
-                 width_);
+                 width_, t.n0 > 0);
     }
     if (g_.dk) {
       times_columns(w.ds, t.rows, t.cols, w.q_b + block * b_units<U>(kBlock, s_.D), t.rows,
-                    vectors(s_.D), sums_.at_k(acc, t.n0), width_);
+                    vectors(s_.D), sums_.at_k(acc, t.n0), width_, !first);
     }
   }
 
   template <bool kMasked>
   void gradients(Work& w, const TileShape& t, int64_t r) const {
     const Vec exponent = splat(rule_.unit.exponent);
-    for (int i = 0; i < t.rows; ++i) {
-      const int row = i * kBlock;
-      const Vec row_lse = splat(w.lse[r + i]), row_low = splat(w.low[r + i]);
-      Vec shared{};
-      const Vec row_delta = splat(w.delta[r + i]);
-      for (int v = 0; v < t.nv; ++v) {
-        const int at = row + v * kLanes;
-        Vec p = exp2((load(w.s + at) - row_lse - row_low) * exponent);
-        if constexpr (kMasked) p = select(w.mask.columns(v), p, Vec{});
-        if (want_ds_) {
-          Vec dp = load(w.dp + at);
-          if (w.drop) dp *= load(w.drop + at);
-          const Vec ds = p * (dp - row_delta);
-          if (g_.dbias) bias_.add(t, i, v, ds, shared);
-          w.ds.put_rm(i, v, ds);
-          if (PTile<U>::kTwo) w.ds.put_tr(i, v, ds);
+    // Copies: after a store the compiler would load them again.
+    const PTile<U> to_p = w.p, to_ds = w.ds;
+    const float *s = w.s, *dps = w.dp, *drop = w.drop;
+    const bool want_ds = want_ds_, want_bias = g_.dbias;
+    const int rows = t.rows, nv = t.nv;
+    for (int i = 0; i < rows; i += 2) {
+      const int count = std::min(2, rows - i);
+      Vec lse[2], low[2], delta[2], shared[2] = {};
+      for (int k = 0; k < 2; ++k) {
+        lse[k] = splat(w.lse[r + i + k]), low[k] = splat(w.low[r + i + k]);
+        delta[k] = splat(w.delta[r + i + k]);
+      }
+      for (int v = 0; v < nv; ++v) {
+        Vec p[2], ds[2] = {};
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+          const int at = (i + k) * kBlock + v * kLanes;
+          p[k] = exp2((load(s + at) - lse[k] - low[k]) * exponent);
+          if constexpr (kMasked) p[k] = select(w.mask.columns(v), p[k], Vec{});
+          if (want_ds) {
+            Vec dp = load(dps + at);
+            if (drop) dp *= load(drop + at);
+            ds[k] = p[k] * (dp - delta[k]);
+            if (want_bias && k < count) bias_.add(t, i + k, v, ds[k], shared[k]);
+          }
+          if (drop) p[k] *= load(drop + at);
         }
-        if (w.drop) p *= load(w.drop + at);
-        w.p.put_tr(i, v, p);
+        if (count < 2) p[1] = ds[1] = Vec{};
+        if (want_ds) to_ds.template put<true, true>(i, v, ds[0], ds[1]);
+        to_p.template put<false, true>(i, v, p[0], p[1]);
       }
     }
   }
@@ -358,19 +373,22 @@ class Backward : Side {
   bool stay_, want_ds_;
 };
 
-// Tasks [begin, end) of the two directions laid end to end.
+// run(side, begin, end) over the tasks of both directions: every thread gets an equal share of
+// each, for tasks of one direction may be larger than those of the other.
 template <class F>
-void both(int64_t begin, int64_t end, int64_t first, const F& run) {
-  run(0, std::min(begin, first), std::min(end, first));
-  run(1, std::max(begin, first) - first, std::max(end, first) - first);
+void both(ParallelFor parallel, int64_t tasks_x, int64_t tasks_y, const F& run) {
+  const int64_t n = std::max(tasks_x, tasks_y);
+  parallel(n, [&](int64_t begin, int64_t end) {
+    run(0, begin * tasks_x / n, end * tasks_x / n);
+    run(1, begin * tasks_y / n, end * tasks_y / n);
+  });
 }
 
 template <class U>
 void forward(const CoAttention& a, ParallelFor parallel) {
   const Forward<U> x(a, 0), y(a, 1);
-  parallel(x.tasks() + y.tasks(), [&](int64_t begin, int64_t end) {
-    both(begin, end, x.tasks(), [&](int side, int64_t i, int64_t j) { (side ? y : x).run(i, j); });
-  });
+  both(parallel, x.tasks(), y.tasks(),
+       [&](int side, int64_t begin, int64_t end) { (side ? y : x).run(begin, end); });
 }
 
 template <class U>
@@ -378,15 +396,11 @@ void backward(const CoAttention& a, const CoAttentionGrad& g, ParallelFor parall
   const Backward<U> x(a, g, 0), y(a, g, 1);
   float* partial_x = Arena::shared().take<float>(x.partial_size() + y.partial_size());
   float* partial_y = partial_x + x.partial_size();
-  parallel(x.tasks() + y.tasks(), [&](int64_t begin, int64_t end) {
-    both(begin, end, x.tasks(), [&](int side, int64_t i, int64_t j) {
-      (side ? y : x).run(i, j, side ? partial_y : partial_x);
-    });
+  both(parallel, x.tasks(), y.tasks(), [&](int side, int64_t begin, int64_t end) {
+    (side ? y : x).run(begin, end, side ? partial_y : partial_x);
   });
-  parallel(x.merges() + y.merges(), [&](int64_t begin, int64_t end) {
-    both(begin, end, x.merges(), [&](int side, int64_t i, int64_t j) {
-      for (; i < j; ++i) (side ? y : x).merge(i, side ? partial_y : partial_x);
-    });
+  both(parallel, x.merges(), y.merges(), [&](int side, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) (side ? y : x).merge(i, side ? partial_y : partial_x);
   });
 }
 

@@ -11,18 +11,26 @@ struct Transfer {
   alignas(64) float row[kBlock], column[kBlock];
   bool ok;
 
-  // column_ref is padded with +inf past cols; lows are the references' second floats, if any.
+  // All are readable in whole vectors, and column_ref is +inf past cols; lows are the references'
+  // second floats, if any.
   void prepare(const Unit& unit, const float* row_ref, const float* column_ref, int rows, int cols,
                const float* row_low = nullptr, const float* column_low = nullptr) {
-    float top = -kInf, low = kInf;
-    for (int i = 0; i < rows; ++i) top = row_ref[i] > top ? row_ref[i] : top;
-    for (int j = 0; j < cols; ++j) low = column_ref[j] < low ? column_ref[j] : low;
+    Vec most = splat(-kInf), less_than_all = splat(-kInf);
+    for (int v = 0; v < rows; v += kLanes) {
+      const Vec x = select(first_lanes(rows - v), load(row_ref + v), splat(-kInf));
+      most = max_skip_nan(x, most);
+    }
+    for (int v = 0; v < cols; v += kLanes) {
+      less_than_all = max_skip_nan(-load(column_ref + v), less_than_all);
+    }
+    const float top = max(most), low = -max(less_than_all);
     ok = (top - low) * unit.exponent <= kOneExp && top > -kInf;
     if (!ok) return;
-    for (int i = 0; i < rows; ++i) row[i] = row_ref[i] - top + (row_low ? row_low[i] : 0.0f);
-    for (int i = rows; i < kBlock; ++i) row[i] = -kInf;
-    for (int v = 0; v < kBlock; v += kLanes) {
-      store(row + v, exp2(load(row + v) * unit.exponent));
+    for (int v = 0; v < rows; v += kLanes) {
+      const Vec more = row_low ? load(row_low + v) : Vec{};
+      store(row + v, exp2((load(row_ref + v) - splat(top) + more) * unit.exponent));
+    }
+    for (int v = 0; v < cols; v += kLanes) {
       const Vec less = column_low ? load(column_low + v) : Vec{};
       store(column + v, exp2((splat(top) - load(column_ref + v) - less) * unit.exponent));
     }

@@ -3,6 +3,8 @@
 // A reference is moved only when the maximum outgrows it, so accumulators are rarely rescaled.
 #pragma once
 
+#include <algorithm>
+
 #include "dropout.h"
 
 namespace fmm::cpu::FMM_ISA {
@@ -89,14 +91,18 @@ struct TileMask {
 
 inline void fill_mask(TileMask& mask, const KeyMask& columns, const KeyMask& rows, int64_t b,
                       int64_t row0, int64_t col0, int cols) {
-  const bool* keep = columns.row(b);
   mask.full = cols % kLanes == 0;
-  for (int j = 0; j < cols; ++j) {
-    const bool kept = !keep || keep[(col0 + j) * columns.stride[1]];
-    mask.column[j] = kept ? -1 : 0;
-    mask.full = mask.full && kept;
+  for (int j = 0; j < kBlock; j += kLanes) {
+    const IVec in = first_lanes(cols - j);
+    __builtin_memcpy(mask.column + j, &in, sizeof in);
   }
-  for (int j = cols; j < kBlock; ++j) mask.column[j] = 0;
+  if (const bool* keep = columns.row(b)) {
+    for (int j = 0; j < cols; ++j) {
+      const bool kept = keep[(col0 + j) * columns.stride[1]];
+      mask.column[j] = kept ? -1 : 0;
+      mask.full = mask.full && kept;
+    }
+  }
   mask.row = rows.data ? rows.row(b) + row0 * rows.stride[1] : nullptr;
   mask.row_stride = rows.stride[1];
 }
@@ -116,6 +122,19 @@ FMM_INLINE void raise(float top, float& reference, float& sum, float* row, int64
     }
   }
   reference = top;
+}
+
+// raise() of n references with the accumulator rows that start at `rows`. All four are readable in
+// whole vectors.
+inline void raise_all(const float* top, float* reference, float* sum, float* rows, int64_t width,
+                      int n, const Unit& unit) {
+  for (int v = 0; v < n; v += kLanes) {
+    if (!any(load(top + v) > load(reference + v) + unit.slack)) continue;
+    const int end = std::min(n, v + kLanes);
+    for (int i = v; i < end; ++i) {
+      raise(top[i], reference[i], sum[i], rows + i * width, width, unit);
+    }
+  }
 }
 
 // natural log of sum * exp(reference)

@@ -357,6 +357,30 @@ struct PTile {
       rm[i * kLdRm + j] = p;
     }
   }
+  // Rows i and i + 1 (i even) of vector v, in the forms asked for; zeros where there is no row.
+  template <bool kRm, bool kTr>
+  FMM_INLINE void put(int i, int v, Vec p, Vec next) const {
+    if constexpr (kPerUnit<U> == 1) {
+      float* out = (kRm ? rm : tr) + i * kBlock + v * kLanes;
+      store(out, p);
+      store(out + kBlock, next);
+    } else {
+#if defined(__AVX512BF16__)
+      const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)p);
+      if constexpr (kRm) {
+        U* out = rm + i * kLdRm + v * (kLanes / 2);
+        _mm256_storeu_si256((__m256i*)out, _mm512_castsi512_si256(both));
+        _mm256_storeu_si256((__m256i*)(out + kLdRm), _mm512_extracti64x4_epi64(both, 1));
+      }
+      if constexpr (kTr) {
+        const __m512i order =
+            _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                             22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        _mm512_storeu_si512(tr + i / 2 * kLd + v * kLanes, _mm512_permutexvar_epi16(order, both));
+      }
+#endif
+    }
+  }
   // put_rm, put_tr: row i, vector v of the tile.
   FMM_INLINE void put_rm(int i, int v, Vec p) const {
     if constexpr (kPerUnit<U> == 1) {
@@ -386,19 +410,19 @@ struct PTile {
   }
 };
 
-// c (+)= p . b, contracting the tile's columns (n of them).
+// c = p . b, contracting the tile's columns (n of them), or added to c.
 template <class U>
 FMM_INLINE void times_rows(const PTile<U>& p, int m, int n, const U* b, int64_t b_rows, int nv,
-                           float* c, int64_t ldc) {
+                           float* c, int64_t ldc, bool accumulate = true) {
   gemm<U, true>(m, nv, units<U>(n), p.rm, PTile<U>::kLdRm, b, units<U>(b_rows) * kPanel, c, ldc,
-                true);
+                accumulate);
 }
-// c (+)= p^T . b, contracting the tile's rows (m of them).
+// c = p^T . b, contracting the tile's rows (m of them), or added to c.
 template <class U>
 FMM_INLINE void times_columns(const PTile<U>& p, int m, int n, const U* b, int64_t b_rows, int nv,
-                              float* c, int64_t ldc) {
+                              float* c, int64_t ldc, bool accumulate = true) {
   gemm<U, false>(n, nv, units<U>(m), p.tr, PTile<U>::kLd, b, units<U>(b_rows) * kPanel, c, ldc,
-                 true);
+                 accumulate);
 }
 // s[m][kBlock] = a . bt over the width; rows of a are lda units apart.
 template <class U>

@@ -88,6 +88,25 @@ FMM_INLINE Vec max_skip_nan(Vec a, Vec b) {
 #endif
 }
 
+FMM_INLINE bool any(IVec m) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)m) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)m) != 0;
+#else
+  int32_t r = 0;
+  for (int i = 0; i < kLanes; ++i) r |= m[i];
+  return r != 0;
+#endif
+}
+
+// -1 in lanes below n, else 0.
+FMM_INLINE IVec first_lanes(int n) {
+  IVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < n;
+}
+
 FMM_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
 // acc + a * b, where a is one unit of the contraction and b a vector of units.
