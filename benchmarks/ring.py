@@ -54,6 +54,11 @@ def memory(n: int, D: int, b: int) -> int:
     return n * (D * (3 * b + 16 + 2 * b + (4 if b < 4 else 0)) + 6 * 2 * 8 + 3 * 40)
 
 
+def packed(n: int, D: int, b: int) -> int:
+    """Bytes of the blocks of x and y that a call of the cpu kernels packs, two forms of each."""
+    return 4 * n * D * b
+
+
 def hop_bytes(n: int, D: int, b: int) -> tuple[int, int]:
     """Bytes on the wire in one hop, forward and backward."""
     return n * (D * b + 48), n * (D * (b + 4) + 40)
@@ -202,7 +207,7 @@ def predicted(result: dict[str, Any], record: dict[str, Any]) -> dict[str, float
     seconds = sum(W * max(hop * crowd, size * wire) if W > 1 else hop for hop, size in passes)
     return {
         "sent": sent(n, D, b, W), "fwd": alone["fwd"], "bwd": alone["bwd"],
-        "grown": memory(n, D, b), "seconds": seconds,
+        "grown": memory(n, D, b) + packed(n, D, b), "seconds": seconds,
     }  # fmt: skip
 
 
@@ -289,6 +294,7 @@ n rows of each tower a rank, width D, b bytes an element. In W hops each rank me
 | bytes sent, forward and backward | (W - 1) n (D (2 b + 4) + {STATS}) |
 | FLOP of a hop | 2 n n D forward, 6 n n D backward |
 | bytes held beyond its own rows | n (D (5 b + 16, and 4 more for b < 4) + 216), for any W |
+| the cpu kernels' packed blocks, on top | 4 n D b |
 | compute hides the wire, forward | n >= b rate / (2 bandwidth), latency left out |
 | compute hides the wire, backward | n >= (b + 4) rate / (6 bandwidth) |
 

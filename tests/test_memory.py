@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -41,3 +42,31 @@ def test_the_probe_sees_a_score_matrix():
     size = 2048
     for op, grown in _growth("reference", size).items():
         assert grown > 4 * size * size, op
+
+
+LEFT = """
+import torch, fusedmm, memory_probe
+torch.set_num_threads(2)
+x, y = torch.randn(16384, 512).requires_grad_(), torch.randn(64, 512).requires_grad_()
+ids = torch.arange(16384) % 64, torch.arange(64)
+def step(rows):
+    loss = fusedmm.contrastive_loss(x[:rows], y, 10.0, ids_x=ids[0][:rows], ids_y=ids[1],
+                                    normalize=True, backend="cpu")
+    loss.backward()
+    x.grad = y.grad = None
+step(128)
+before = memory_probe.resident("VmRSS")
+step(16384)
+print(memory_probe.resident("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(not built, reason="extension not built")
+def test_packed_rows_do_not_outlive_the_call():
+    """64 MiB of them here; what an arena may keep is 16 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT],
+        capture_output=True, text=True, check=True, cwd=PROBE.parent,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
+    )  # fmt: skip
+    assert int(done.stdout) < 24 << 20, f"{int(done.stdout) / 2**20:.0f} MiB stay"

@@ -95,7 +95,8 @@ class PairLoop : PairShape {
   }
 
   void run() {
-    Arena& arena = Arena::shared();
+    SharedArena shared;
+    Arena& arena = *shared;
     inv_x_ = inv_y_ = nullptr;
     if (a_.normalize) {
       inv_x_ = arena.take<float>(a_.G * a_.M);

@@ -57,6 +57,8 @@ class Arena {
   static constexpr size_t kKeep = size_t{16} << 20;
   static constexpr size_t kFirst = size_t{256} << 10;
 
+  friend class SharedArena;
+
   void grow(size_t bytes) {
     const size_t size = bytes > kFirst ? bytes : kFirst;
     char* p = static_cast<char*>(::operator new[](size, std::align_val_t{64}));
@@ -78,6 +80,17 @@ class Arena {
 
   std::vector<Block> blocks_;
   size_t used_ = 0;
+};
+
+// What the tasks of one call share, from the arena of the calling thread. The end of the call gives
+// it back beyond kKeep: the next one may be far off, and a loss packs all of its rows.
+class SharedArena {
+ public:
+  ~SharedArena() { arena_.reset(); }
+  Arena& operator*() { return arena_; }
+
+ private:
+  Arena& arena_ = Arena::shared();
 };
 
 // Rows of a tensor: base address, strides, and which rows count (others read as zero).
