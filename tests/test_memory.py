@@ -45,7 +45,9 @@ def test_the_probe_sees_a_score_matrix():
 
 
 LEFT = """
-import torch, fusedmm, memory_probe
+import sys, torch, fusedmm
+sys.path.append(sys.argv[1])
+import memory_probe
 torch.set_num_threads(2)
 x, y = torch.randn(16384, 512).requires_grad_(), torch.randn(64, 512).requires_grad_()
 ids = torch.arange(16384) % 64, torch.arange(64)
@@ -65,8 +67,8 @@ print(memory_probe.resident("VmRSS") - before)
 def test_packed_rows_do_not_outlive_the_call():
     """64 MiB of them here; what an arena may keep is 16 MiB."""
     done = subprocess.run(
-        [sys.executable, "-c", LEFT],
-        capture_output=True, text=True, check=True, cwd=PROBE.parent,
+        [sys.executable, "-c", LEFT, str(PROBE.parent)],
+        capture_output=True, text=True, check=True,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
     )  # fmt: skip
     assert int(done.stdout) < 24 << 20, f"{int(done.stdout) / 2**20:.0f} MiB stay"
