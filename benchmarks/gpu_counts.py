@@ -4,12 +4,15 @@
 
 Runs on the virtual GPU of tests/vgpu: tensor FLOPs, ex2, warp instructions, shared-memory
 wavefronts and global sectors are of the executed PTX; registers, spills and occupancy are what
-ptxas allocates. Every call is compared with fp64 before it is counted.
+ptxas allocates. Every call is compared with fp64 before it is counted. The losses' rivals are
+`pip install -e .[counts]`, each left out where it is not there. What they leave to torch runs on
+the CPU: matrix products are counted by their sizes, their bytes and instructions are not.
 """
 
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,8 @@ import torch
 import vgpu
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import normalize
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedmm
 from fusedmm import backends, problem
@@ -47,9 +52,27 @@ SHAPES = (
     Shape("image-2048-text-128", "resident", 2, 8, 2048, 128, 64),
     Shape("image-512-text-64-batch-16", "resident", 16, 8, 512, 64, 64),
     Shape("lightglue-512x512", "long", 2, 4, 512, 512, 64),
+    Shape("lightglue-512x512-batch-8", "long", 8, 4, 512, 512, 64),
     Shape("wide-256x256", "long", 1, 4, 256, 256, 128),
     Shape("widest-256x256", "long", 1, 2, 256, 256, 256),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossShape:
+    """Forward and backward of a loss of M pairs."""
+
+    name: str
+    op: str
+    M: int
+    D: int
+
+
+LOSSES = (
+    LossShape("clip-1024", "contrastive_loss", 1024, 256),
+    LossShape("siglip-1024", "sigmoid_loss", 1024, 256),
+)
+SCALE, BIAS = 1 / 0.07, -10.0
 OURS = ("triton", "cuda")
 # Warp instructions per mma of `cuda` relative to `triton`, forward and backward.
 CUDA_TARGET = 0.85
@@ -138,7 +161,7 @@ def flex() -> Callable:
 
 
 def measure(call: Callable, inputs: list[Tensor], upstream: list[Tensor], want: list[Tensor]):
-    """(forward, backward) counts; raises where a result is off by more than bf16 explains."""
+    """(forward, backward) counts of a call that gives `want`."""
     for _ in range(2):  # compiles, then picks among configurations
         leaves = [t.detach().requires_grad_() for t in inputs]
         torch.autograd.backward(call(*leaves), upstream)
@@ -147,16 +170,20 @@ def measure(call: Callable, inputs: list[Tensor], upstream: list[Tensor], want: 
         outs = call(*leaves)
     with vgpu.profile(resources=True) as backward:
         torch.autograd.backward(outs, upstream)
-    got = [*outs, *(t.grad for t in leaves)]
-    for g, w in zip(got, want, strict=True):
-        error, size = (g.double().cpu() - w).abs().max().item(), w.abs().max().item()
-        if not error <= 2e-2 * max(size, 1.0):
-            raise AssertionError(f"gpu_counts: error {error:.3g} where values reach {size:.3g}")
+    compare([*outs, *(t.grad for t in leaves)], want, floor=1.0)
     return counts(forward), counts(backward)
 
 
-def run(shape: Shape) -> dict:
-    """Counts of ours and of each baseline."""
+def compare(got: list[Tensor], want: list[Tensor], floor: float = 0.0) -> None:
+    """Raises where a result is off by more than bf16 explains."""
+    for g, w in zip(got, want, strict=True):
+        error, size = (g.double().cpu() - w).abs().max().item(), w.abs().max().item()
+        if not error <= 2e-2 * max(size, floor):
+            raise AssertionError(f"gpu_counts: error {error:.3g} where values reach {size:.3g}")
+
+
+def run(shape: Shape, kept: dict) -> dict:
+    """Counts of ours and of each baseline that is not among the `kept` ones."""
     g = torch.Generator().manual_seed(0)
     B, H, D = shape.B, shape.H, shape.D
     sizes = (shape.M, shape.N, shape.M, shape.N)
@@ -173,14 +200,14 @@ def run(shape: Shape) -> dict:
         "flex": flex(),
         "plain": both_ways(plain_flash.attention),
     }
-    if any(n % 16 for n in sizes):
-        del calls["plain"]  # it takes whole tiles only
+    if any(n % 16 for n in sizes) or D > 128:
+        del calls["plain"]  # it takes whole tiles only, and no wider ones
     result = {}
-    for name, call in calls.items():
+    for name, call in ((n, c) for n, c in calls.items() if n not in kept):
         result[name] = dict(
             zip(("forward", "backward"), measure(call, inputs, upstream, want), strict=True)
         )
-    return dataclasses.asdict(shape) | {"counts": result}
+    return dataclasses.asdict(shape) | {"counts": result | kept}
 
 
 def usable(shape: Shape) -> list[str]:
@@ -188,6 +215,75 @@ def usable(shape: Shape) -> list[str]:
     side = problem.Side(shape.M, shape.N, shape.D, shape.D)
     asked = problem.AttentionProblem("bi_attention", 1, 1, side, side, torch.bfloat16, "cuda")
     return [name for name in OURS if not backends.reject(name, "bi_attention", asked)]
+
+
+def both(loss: Callable) -> Callable:
+    """The mean of a loss of rows and the same of columns."""
+    return lambda x, y: (loss(x, y) + loss(y, x)) / 2
+
+
+def memeff(x: Tensor, y: Tensor) -> Tensor:
+    from memeff import MemoryEfficientCLIPLoss
+
+    return MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)(x, y)
+
+
+@both
+def inf_cl(x: Tensor, y: Tensor) -> Tensor:
+    from inf_cl import cal_flash_loss
+
+    return cal_flash_loss(x, y, scale=SCALE, head_dim=x.shape[1]).mean()
+
+
+@both
+def liger_kernel(x: Tensor, y: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    target = torch.arange(x.shape[0], device=x.device)
+    return LigerFusedLinearCrossEntropyFunction.apply(x * SCALE, y, target)[0]
+
+
+def siglip_kernel(x: Tensor, y: Tensor) -> Tensor:
+    from siglip_kernel import fused_siglip_loss
+
+    scale, bias = (torch.tensor(v, device=x.device) for v in (SCALE, BIAS))
+    return fused_siglip_loss(x, y, scale.log(), bias)
+
+
+RIVALS = {
+    "contrastive_loss": {"memeff": memeff, "inf_cl": inf_cl, "liger_kernel": liger_kernel},
+    "sigmoid_loss": {"siglip_kernel": siglip_kernel},
+}
+
+
+def run_loss(shape: LossShape, kept: dict) -> dict:
+    """Counts of forward and backward together, of ours and of the packages that are installed."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (normalize(torch.randn(shape.M, shape.D, generator=g)).bfloat16() for _ in "xy")
+    extra = (SCALE, BIAS) if shape.op == "sigmoid_loss" else (SCALE,)
+    op = getattr(fusedmm, shape.op)
+    exact = [t.double().requires_grad_() for t in (x, y)]
+    loss = op(*exact, *extra, backend="reference")
+    want = [loss.detach(), *torch.autograd.grad(loss, exact)]
+    result = {}
+    asked = problem.PairLossProblem(shape.op, 1, shape.M, shape.M, shape.D, torch.bfloat16, "cuda")
+    calls = {
+        name: lambda x, y, name=name: op(x, y, *extra, backend=name)
+        for name in OURS
+        if not backends.reject(name, shape.op, asked)
+    }
+    if not kept:
+        rivals = RIVALS[shape.op].items()
+        calls |= {name: call for name, call in rivals if importlib.util.find_spec(name)}
+    for name, call in calls.items():
+        for _ in range(2):  # compiles, then picks among configurations
+            leaves = [t.cuda().requires_grad_() for t in (x, y)]
+            with vgpu.profile(resources=True) as p, FlopCounterMode(display=False) as flops:
+                loss = call(*leaves)
+                grads = torch.autograd.grad(loss, leaves)
+        compare([loss, *grads], want)
+        result[name] = counts(p) | {"torch_flops": flops.get_total_flops()}
+    return dataclasses.asdict(shape) | {"counts": result | kept}
 
 
 def ratios(row: dict, name: str, mode: str) -> dict[str, float]:
@@ -211,11 +307,12 @@ def markdown(rows: list[dict], arch: int) -> str:
         + " | warp_insts | of triton's | spills | conflicts |",
         "|---" * (len(TARGETS) + 7) + "|",
     ]
+    losses, rows = rows, [row for row in rows if "regime" in row]
     for row in rows:
         for i, mode in enumerate(("forward", "backward")):
             for name in (n for n in OURS if n in row["counts"]):
                 lines.append(_ratio_line(row, name, mode, i))
-    lines += ["", *MISSED, ""]
+    lines += ["", *MISSED, "", *_losses([row for row in losses if "op" in row])]
     lines += [
         "| shape | mode | who | " + " | ".join(_RAW) + " |",
         "|---" * (3 + len(_RAW)) + "|",
@@ -229,6 +326,22 @@ def markdown(rows: list[dict], arch: int) -> str:
                 )
                 lines.append(f"| {row['name']} | {mode} | {who} | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def _losses(rows: list[dict]) -> list[str]:
+    """Forward and backward together, beside the packages that run there unchanged."""
+    lines = [
+        "Losses, forward and backward together. `torch_flops` are matrix products that a package",
+        "leaves to torch, whose bytes and instructions are not counted; the rest is its kernels'.",
+        "",
+        "| shape | who | " + " | ".join(_LOSS) + " |",
+        "|---" * (2 + len(_LOSS)) + "|",
+    ]
+    for row in rows:
+        for who, c in row["counts"].items():
+            cells = " | ".join(f"{c[k]:.2f}" if k in _FRACTIONS else f"{c[k]:.0f}" for k in _LOSS)
+            lines.append(f"| {row['name']}, D = {row['D']} | {who} | {cells} |")
+    return [*lines, ""]
 
 
 def _ratio_line(row: dict, name: str, mode: str, i: int) -> str:
@@ -256,6 +369,7 @@ _RAW = (
     "launches", "tensor_flops", "ex2", "warp_insts", "warp_insts_per_mma", "shared_wavefronts",
     "conflict_share", "global_bytes", "registers", "spill_bytes", "shared_bytes", "ctas_per_sm",
 )  # fmt: skip
+_LOSS = ("launches", "tensor_flops", "torch_flops", *_RAW[2:])
 
 
 def main() -> None:
@@ -264,18 +378,20 @@ def main() -> None:
         "--out", default="benchmarks/results/counts", help="prefix of .json and .md"
     )
     parser.add_argument("--only", default="", help="part of a shape's name; the rest is kept")
+    parser.add_argument("--ours", action="store_true", help="keep the counts of the others")
     args = parser.parse_args()
     out = Path(f"{args.out}.sm{vgpu.arch()}")
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = out.with_suffix(out.suffix + ".json")
     rows = {row["name"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
-    for shape in SHAPES:
+    for shape in (*SHAPES, *LOSSES):
         if args.only in shape.name:
-            rows[shape.name] = run(shape)
-            ordered = [rows[s.name] for s in SHAPES if s.name in rows]
+            before = rows.get(shape.name, {"counts": {}})["counts"] if args.ours else {}
+            others = {name: c for name, c in before.items() if name not in OURS}
+            rows[shape.name] = (run_loss if shape in LOSSES else run)(shape, others)
+            ordered = [rows[s.name] for s in (*SHAPES, *LOSSES) if s.name in rows]
             kept.write_text(json.dumps(ordered, indent=1) + "\n")
-    ordered = [rows[s.name] for s in SHAPES if s.name in rows]
-    out.with_suffix(out.suffix + ".md").write_text(markdown(ordered, vgpu.arch()))
+            out.with_suffix(out.suffix + ".md").write_text(markdown(ordered, vgpu.arch()))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from fusedmm.tuning import lookup
 OPS = ["co_attention", "bi_attention", "contrastive_loss", "sigmoid_loss"]
 TABLES = Path(lookup.__file__).parent / "tables"
 # M, N of the calls to be timed: whatever regime a kernel serves, one of them reaches it.
-ATTENTION = ((4096, 128), (64, 64), (2048, 2048))
+ATTENTION = ((4096, 128), (64, 64), (256, 256), (2048, 2048))
 LOSS = 8192
 CANDIDATES = {
     "BLOCK_M": (16, 32, 64, 128),

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 import harness
 import pytest
 import torch
+import vgpu
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmm
 
@@ -21,7 +24,7 @@ if not torch.cuda.is_available():
 
 from fusedmm import backends, problem  # noqa: E402
 from fusedmm.backends.native import extension  # noqa: E402
-from fusedmm.backends.triton import _pairs  # noqa: E402
+from fusedmm.backends.triton import _pairs, bi_attention  # noqa: E402
 from fusedmm.tuning import lookup  # noqa: E402
 
 # Share of the largest magnitude, at least 1: a few roundings of the stored type.
@@ -116,10 +119,14 @@ REGIMES = {
 
 
 @pytest.fixture
-def small_tiles():
+def small_tiles(monkeypatch):
     """Tiles of 32, so that three of them are a small problem, and short streams up to 32."""
-    kernels = ("attend_fwd", "attend_dq", "attend_dkv", "attend_dbias", "delta", "owner_bwd",
-               "dbias", "resident_fwd", "resident_bwd", "stats", "ds", "gemm")  # fmt: skip
+    monkeypatch.setattr(bi_attention, "ROWS", 32)
+    kernels = (
+        "attend_fwd", "attend_fwd_few", "attend_dq", "attend_dkv", "attend_dbias", "delta",
+        "owner_bwd", "owner_bwd_few", "dbias", "resident_fwd", "resident_bwd", "stats", "ds",
+        "gemm",
+    )  # fmt: skip
     tile = dict(BLOCK_M=32, BLOCK_N=32, **SMALL)
     saved = dict(lookup._forced)
     for op in ("co_attention", "bi_attention", "contrastive_loss", "sigmoid_loss"):
@@ -147,6 +154,29 @@ def test_everything_at_once(op, backend, regime, dtype, small_tiles):
 def test_nothing_at_all(op, backend, regime, dtype):
     M, N = REGIMES[regime]
     check(op, backend, streams(op, 1, 2, 2 * M, 2 * N, 64, 64, 64), dict(return_lse=True), dtype)
+
+
+@on_each_dtype((torch.bfloat16,), "bi_attention", "co_attention")
+def test_tiles_of_a_full_device(op, backend, dtype, monkeypatch):
+    """Larger tiles where enough programs remain for every processor."""
+    monkeypatch.setattr(lookup, "processors", lambda index: 1)
+    check(op, backend, streams(op, 1, 1, 300, 280, 64, 64, 64), dict(return_lse=True), dtype)
+
+
+@pytest.mark.parametrize("sizes", [(150, 100), (150, 140)], ids=["resident", "long"])
+@on_each("bi_attention")
+def test_devices_with_less_shared_memory(op, backend, sizes, monkeypatch):
+    """Tiles that take no more than the 99 KiB of sm_86 and sm_89."""
+    if backend != "triton" or not vgpu.active():
+        pytest.skip("counts the shared memory of Triton kernels on the virtual GPU")
+    monkeypatch.setattr(lookup, "shared", lambda index: 99 * 1024)
+    monkeypatch.setattr(lookup, "processors", lambda index: 1)
+    lookup._nearest.cache_clear()
+    for width in (64, 128, 256):
+        with vgpu.profile() as p:
+            check(op, backend, streams(op, 1, 1, *sizes, *[width] * 3), {}, torch.bfloat16)
+        assert max(r["smem"] + r["static_smem"] for r in p.launches) <= 99 * 1024
+    lookup._nearest.cache_clear()
 
 
 @contextlib.contextmanager
@@ -263,6 +293,79 @@ def test_deterministic_across_chunks(op, backend, dtype, small_tiles):
         assert torch.equal(a, b)
 
 
+class Transfers(TorchDispatchMode):
+    """The operators that would wait for the device or copy between it and the host; not inside
+    our own, whose seed lies on the host: `watched` looks into those."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name, leaves = func.overloadpacket.__name__, pytree.tree_leaves((args, kwargs, out))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        devices = {t.device.type for t in tensors}
+        moves = "copy" in name or any(t.dim() for t in tensors if not t.is_cuda)
+        waits = name in self.WAITS or (
+            name.startswith("index") and any(t.dtype == torch.bool for t in tensors)
+        )
+        if (moves and len(devices) > 1) or (waits and "cuda" in devices):
+            self.seen += [str(func)] if func.namespace != "fusedmm" else []
+        return out
+
+    def watched(self, run):
+        def within(*args):
+            with self:
+                return run(*args)
+
+        return within
+
+
+@on_each("bi_attention", "co_attention", "contrastive_loss", "sigmoid_loss")
+def test_nothing_that_a_graph_cannot_capture(op, backend, monkeypatch):
+    """No wait, no copy to or from the host, the same allocations at every call."""
+    if op.endswith("attention"):
+        tensors = streams(op, 2, 2, 300, 40, 32, 32, 32)
+        options = {k: t.cuda() for k, t in masks(2, 300, 40).items()} | dict(dropout_p=0.1)
+    else:
+        tensors, options = {k: randn(150, 64, seed=i) for i, k in enumerate("xy")}, {}
+        tensors |= dict(logit_scale=torch.tensor(8.0))
+        if op == "sigmoid_loss":
+            tensors |= dict(logit_bias=torch.tensor(-2.0))
+    leaves = {k: t.cuda().bfloat16().requires_grad_() for k, t in tensors.items()}
+    if not op.endswith("attention"):
+        leaves |= {k: t.detach().float().requires_grad_() for k, t in leaves.items() if not t.dim()}
+
+    def call() -> tuple[int, int]:
+        before = torch.cuda.memory_stats()
+        outs = getattr(fusedmm, op)(**leaves, **options, backend=backend)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        torch.autograd.grad(outs, list(leaves.values()), [torch.ones_like(o) for o in outs])
+        after = torch.cuda.memory_stats()
+        names = ("allocation.all.allocated", "segment.all.allocated")
+        return tuple(after[k] - before[k] for k in names)
+
+    call()
+    first = call()
+    assert first == call() and first[1] == 0
+    transfers, module = Transfers(), backends.load(backend, op)
+    for name in ("fwd", "bwd"):
+        monkeypatch.setattr(module, name, transfers.watched(getattr(module, name)))
+    with transfers:
+        call()
+    assert not transfers.seen
+
+
+def test_transfers_are_seen():
+    with Transfers() as transfers:
+        x = torch.ones(3, device="cuda")
+        _ = x.sum().item(), x.cpu(), torch.tensor([1.0]).cuda(), x[x > 2]
+    assert len(transfers.seen) >= 4
+
+
 @pytest.mark.slow
 @on_each("bi_attention")
 def test_more_heads_than_a_grid_axis_holds(op, backend):
@@ -314,3 +417,6 @@ def test_tables_have_every_kernel():
         assert all(row["evidence"] for row in rows)
         for kernel in {row["kernel"] for row in rows}:
             assert {row["bits"] for row in rows if row["kernel"] == kernel} == {16, 32}
+        keys = [(row["kernel"], row["bits"], row["width"]) for row in rows if "shared" not in row]
+        assert len(set(keys)) == len(keys)
+        assert all((row["kernel"], row["bits"], row["width"]) in keys for row in rows)

@@ -1,7 +1,9 @@
 """Tile choices of the Triton kernels: the nearest row of a table, in log space.
 
 tables/<op>.<gpu>.json holds a list of rows {kernel, bits, width, tile..., evidence}; <gpu> is the
-device's name in lower case with dashes, and "default" serves every device without a table.
+device's name in lower case with dashes, and "default" serves every device without a table. A row
+with `shared` takes that many bytes of shared memory and is for devices that have them; another of
+the same width follows it.
 """
 
 import contextlib
@@ -39,7 +41,11 @@ def tile(op: str, kernel: str, dtype: torch.dtype, width: int, index: int | None
 
 @functools.cache
 def _nearest(op: str, kernel: str, bits: int, width: int, index: int | None) -> dict[str, int]:
-    rows = [r for r in _rows(op, gpu_name(index)) if r["kernel"] == kernel and r["bits"] == bits]
+    rows = [
+        r
+        for r in _rows(op, gpu_name(index))
+        if r["kernel"] == kernel and r["bits"] == bits and r.get("shared", 0) <= shared(index)
+    ]
     return min(rows, key=lambda r: abs(math.log2(r["width"]) - math.log2(width)))["tile"]
 
 
@@ -59,3 +65,12 @@ def processors(index: int | None) -> int:
     if not torch.cuda.is_available():
         return 1
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def shared(index: int | None) -> int:
+    """Bytes of shared memory that a program may take; without a device, what every one has."""
+    if not torch.cuda.is_available():
+        return 64 * 1024
+    properties = torch.cuda.get_device_properties(index)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)

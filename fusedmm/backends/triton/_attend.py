@@ -183,7 +183,7 @@ def _delta(
     store_row(g.fix, bh, offs_m, t.M, fix)
     if SHARED:
         centre = centre_of(x, bh)
-        _, _, _, _, up, down = split_lse(split_safe(t, bh, offs_m, centre), fix, centre)
+        _, _, up, down = split_lse(split_safe(t, bh, offs_m, centre), fix, centre)
         store_row(g.up, bh, offs_m, t.M, up)
         store_row(g.down, bh, offs_m, t.M, down)
 
@@ -379,6 +379,18 @@ def config(op: str, kernel: str, like: Tensor, widths: dict[str, int]) -> dict[s
     return lookup.tile(op, kernel, like.dtype, max(widths.values()), like.device.index)
 
 
+def filling(
+    op: str, kernel: str, like: Tensor, widths, heads: int, *lengths: int
+) -> dict[str, int]:
+    """The table's tile, or the smaller one of `kernel`_few where programs that own BLOCK_M rows of
+    these lengths would leave processors idle."""
+    choice = config(op, kernel, like, widths)
+    programs = heads * sum(tiles(n, choice["BLOCK_M"]) for n in lengths)
+    if programs < lookup.processors(like.device.index):
+        choice = config(op, f"{kernel}_few", like, widths)
+    return choice
+
+
 def even(config: dict[str, int], *lengths: int) -> bool:
     """Whether every length fills whole tiles, whichever block walks it."""
     block = max(config["BLOCK_M"], config["BLOCK_N"])
@@ -386,9 +398,9 @@ def even(config: dict[str, int], *lengths: int) -> bool:
 
 
 def launch_fwd(op: str, x: Direction, y: Direction, drop: Drop, seed: int) -> None:
-    B, H, M = x.lse.shape
+    B, H, _ = x.lse.shape
     widths = blocks(x, y)
-    choice = config(op, "attend_fwd", x.q.ptr, widths)
+    choice = filling(op, "attend_fwd", x.q.ptr, widths, B * H, x.M, y.M)
     programs_x, programs_y = (B * H * tiles(t.M, choice["BLOCK_M"]) for t in (x, y))
     if programs_x + programs_y:
         attend_fwd_kernel[(programs_x + programs_y,)](

@@ -154,36 +154,35 @@ def _keep(
 
 @triton.jit
 def split_lse(lse, fix, centre):
-    """lse in base 2 and its half way c to the centre, with the factors of p_both:
-    (lse, fix, c, c - centre, exp(c - centre), exp(c - lse) * 2^fix)."""
+    """Half way c from the centre to lse, in base 2, with the factors of p_near:
+    (c, c - centre, exp(c - centre), exp(c - lse) * 2^fix)."""
     lse *= LOG2E
     c = 0.5 * (lse + centre)
-    return lse, fix, c, c - centre, tl.exp2(c - centre), tl.exp2(c - lse + fix)
+    return c, c - centre, tl.exp2(c - centre), tl.exp2(c - lse + fix)
 
 
 @triton.jit
-def p_both(s, unit, a, b):
+def near(a, b):
+    """Whether p_near is safe for rows and columns with the split_lse a and b: its factors stay in
+    range while every lse lies within 60 of the centre."""
+    _, half_a, _, _ = a
+    _, half_b, _, _ = b
+    return tl.maximum(tl.max(tl.abs(half_a), 0), tl.max(tl.abs(half_b), 0)) <= 43.0
+
+
+@triton.jit
+def p_near(s, unit, a, b):
     """p_row = exp(s - lse_a) by rows and p_col = exp(s - lse_b) by columns from one exp of raw
-    scores, where that is safe; a and b are split_lse of rows and columns, never -inf.
+    scores; a and b are split_lse of rows and columns, never -inf.
 
         e = exp(s - c_a - (c_b - centre))
         p_row = e * exp(c_a - lse_a) * exp(c_b - centre)
         p_col = e * exp(c_a - centre) * exp(c_b - lse_b)
-
-    The factors stay in range while every lse lies within 60 of the centre; else the tile takes a
-    second exp.
     """
-    lse_a, fix_a, c_a, half_a, up_a, down_a = a
-    lse_b, fix_b, c_b, half_b, up_b, down_b = b
-    far = tl.maximum(tl.max(tl.abs(half_a), 0), tl.max(tl.abs(half_b), 0))
-    if far <= 43.0:
-        e = tl.exp2((s * unit - c_a[:, None]) - half_b[None, :])
-        p_row = e * down_a[:, None] * up_b[None, :]
-        p_col = e * up_a[:, None] * down_b[None, :]
-    else:
-        p_row = tl.exp2((s * unit - lse_a[:, None]) + fix_a[:, None])
-        p_col = tl.exp2((s * unit - lse_b[None, :]) + fix_b[None, :])
-    return p_row, p_col
+    c_a, _, up_a, down_a = a
+    _, half_b, up_b, down_b = b
+    e = tl.exp2((s * unit - c_a[:, None]) - half_b[None, :])
+    return e * down_a[:, None] * up_b[None, :], e * up_a[:, None] * down_b[None, :]
 
 
 @triton.jit

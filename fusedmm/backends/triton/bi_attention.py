@@ -39,7 +39,8 @@ from ._tile import (
     load_row,
     load_tile,
     lse_of,
-    p_both,
+    near,
+    p_near,
     s_tile,
     split_lse,
     store_row,
@@ -48,6 +49,7 @@ from ._tile import (
 )
 
 OP = "bi_attention"
+ROWS = 128  # of the long stream: what a program at least walks where several share a head
 
 
 class Stream(NamedTuple):
@@ -264,21 +266,20 @@ def load_stream(t, g, bh, H, offs, inside, keep, centre, STORED: tl.constexpr, E
     qk = load_tile(head(t.qk, bh, H), t.qk, offs, inside, EVEN, D, BLOCK_D)
     v = load_tile(head(t.v, bh, H), t.v, offs, keep, full, t.DVK, BLOCK_DV)
     do = load_tile(head(g.do, bh, H), g.do, offs, inside, EVEN, t.DV, BLOCK_DV)
-    lse, fix = split_safe(t, bh, offs, centre), load_row(g.fix, bh, offs, t.M)
+    lse = split_safe(t, bh, offs, centre)
     if STORED:
-        lse *= LOG2E
-        c = 0.5 * (lse + centre)
+        c = 0.5 * (lse * LOG2E + centre)
         up, down = load_row(g.up, bh, offs, t.M), load_row(g.down, bh, offs, t.M)
-        split = lse, fix, c, c - centre, up, down
+        split = c, c - centre, up, down
     else:
-        split = split_lse(lse, fix, centre)
+        split = split_lse(lse, load_row(g.fix, bh, offs, t.M), centre)
     return qk, v, do, load_row(g.delta, bh, offs, t.M), split
 
 
 @triton.jit
 def ds_tile(
-    a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, n0, in_m, keep_m, in_n, keep_n,
-    score, seed, drop, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    a, b, ga, gb, tile_a, tile_b, bias, bh, H, centre, offs_m, m0, offs_n, n0, in_m, keep_m, in_n,
+    keep_n, score, seed, drop, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """ds before the clamp, where the clamp passes, and both dropped-out p, [BLOCK_M, BLOCK_N].
 
@@ -289,7 +290,14 @@ def ds_tile(
     s, passes = s_tile(qk_a, qk_b, score, bias, bh, H, offs_m, offs_n, a.M, b.M)
     if not EVEN:
         s = tl.where(in_m[:, None] & in_n[None, :], s, float("-inf"))
-    p_row, p_col = p_both(s, unit_of(score), split_a, split_b)
+    unit = unit_of(score)
+    if near(split_a, split_b):
+        p_row, p_col = p_near(s, unit, split_a, split_b)
+    else:  # lse and fix are read here only: elsewhere they would cost registers and traffic
+        row, col = split_safe(a, bh, offs_m, centre), split_safe(b, bh, offs_n, centre)
+        fix_row, fix_col = load_row(ga.fix, bh, offs_m, a.M), load_row(gb.fix, bh, offs_n, b.M)
+        p_row = tl.exp2((s * unit - (row * LOG2E)[:, None]) + fix_row[:, None])
+        p_col = tl.exp2((s * unit - (col * LOG2E)[None, :]) + fix_col[None, :])
     if b.keep.HAS:
         p_row = tl.where(keep_n[None, :], p_row, 0.0)
     if a.keep.HAS:
@@ -352,8 +360,8 @@ def _owner_bwd(
             b, gb, bh, H, offs_n, in_n, keep_n, centre, True, EVEN, a.D, BLOCK_D, BLOCK_DV
         )
         ds, passes, _, pf_col = ds_tile(
-            a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, n0, in_m, keep_m, in_n, keep_n,
-            score, seed, drop, EVEN, BLOCK_M, BLOCK_N,
+            a, b, ga, gb, tile_a, tile_b, bias, bh, H, centre, offs_m, m0, offs_n, n0, in_m,
+            keep_m, in_n, keep_n, score, seed, drop, EVEN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if score.CLAMPED:
             ds = tl.where(passes, ds, 0.0)
@@ -394,8 +402,8 @@ def resident_bwd_kernel(
             a, ga, bh, H, offs_m, in_m, keep_m, centre, False, EVEN, a.D, BLOCK_D, BLOCK_DV
         )
         ds, passes, pf_row, pf_col = ds_tile(
-            a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, 0, in_m, keep_m, in_n, keep_n,
-            score, seed, drop, EVEN, BLOCK_M, BLOCK_N,
+            a, b, ga, gb, tile_a, tile_b, bias, bh, H, centre, offs_m, m0, offs_n, 0, in_m,
+            keep_m, in_n, keep_n, score, seed, drop, EVEN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if score.CLAMPED:
             ds = tl.where(passes, ds, 0.0)
@@ -482,8 +490,8 @@ def dbias_kernel(
                         BLOCK_DV,
                     )
                     ds, _, _, _ = ds_tile(
-                        a, b, tile_a, tile_b, bias, bh, H, offs_m, m0, offs_n, n0, in_m, keep_m,
-                        in_n, keep_n, score, seed, drop, False, BLOCK_M, BLOCK_N,
+                        a, b, ga, gb, tile_a, tile_b, bias, bh, H, centre, offs_m, m0, offs_n, n0,
+                        in_m, keep_m, in_n, keep_n, score, seed, drop, False, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                     acc += ds
     db_store(db, sizes, slot_b, slot_h, tile_m, tile_n, acc, BLOCK_M, BLOCK_N)
@@ -528,10 +536,10 @@ def _resident(kernel: str, x: Stream, y: Stream, widths: dict[str, int]):
 
 
 def _chunks(a: Stream, heads: int, block: int) -> tuple[int, int]:
-    """How many programs share a head's rows, and rows each: at most one a processor in all, for
-    every further one writes and reads its share of b's results."""
+    """How many programs share a head's rows, and rows each: at most one a processor in all, and no
+    fewer than ROWS each, for every further one writes and reads its share of b's results."""
     programs = lookup.processors(a.qk.ptr.device.index)
-    wanted = max(1, min(programs // max(heads, 1), tiles(a.M, block)))
+    wanted = max(1, min(programs // max(heads, 1), a.M // ROWS))
     chunk = tiles(tiles(a.M, block), wanted) * block
     return tiles(a.M, chunk), chunk
 
@@ -603,7 +611,7 @@ def bwd(
             score, drop, seed, choice, widths,
         )  # fmt: skip
     elif need_x or need_y:
-        choice = _attend.config(OP, "owner_bwd", qk_x, widths)
+        choice = _attend.filling(OP, "owner_bwd", qk_x, widths, B * H, M, N)
         programs_x = B * H * tiles(M, choice["BLOCK_M"]) if need_x else 0
         programs_y = B * H * tiles(N, choice["BLOCK_M"]) if need_y else 0
         if programs_x + programs_y:
