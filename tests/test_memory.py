@@ -32,7 +32,7 @@ def _growth(backend: str, size: int) -> dict[str, int]:
 @pytest.mark.skipif(not built, reason="extension not built")
 def test_peak_is_far_below_a_score_matrix():
     """A third of one fp32 score matrix of 576 MiB, gradients and all partial sums included: the
-    attentions' partial sums are capped at 64 MiB a direction."""
+    attentions' partial sums are capped at 16 MiB a direction."""
     size = 12288
     for op, grown in _growth("cpu", size).items():
         assert grown < 4 * size * size / 3, f"{op}: {grown / 2**20:.0f} MiB"

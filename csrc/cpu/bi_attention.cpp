@@ -5,6 +5,7 @@
 #include "../bi_attention.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <utility>
 
 #include "attention.h"
@@ -54,6 +55,7 @@ class Tiles {
   struct Common {
     TileMask mask;
     Transfer transfer;
+    Ahead ahead;
     float *s, *bias, *drop_row, *drop_column, *passed;
   };
 
@@ -80,6 +82,26 @@ class Tiles {
   // Raw products in w.s become scores.
   void apply(Common& w, const TileShape& t) const {
     apply_rule(w.s, rule_, w.bias, t.rows, t.nv, w.passed);
+    blank_tail(w.s, t.rows, t.cols);
+  }
+
+  // What is read after the rows before m0 of a plane: the rows from there, or the next plane.
+  // `rows` are the tensors of x, `columns` those of y, with their widths.
+  struct Source {
+    const Tensor4& t;
+    int64_t width;
+  };
+  void look_ahead(Ahead& ahead, int64_t bh, int64_t m0, std::initializer_list<Source> rows,
+                  std::initializer_list<Source> columns) const {
+    ahead.clear();
+    if (m0 >= a_.M) {
+      m0 = 0;
+      if (++bh == planes_) return;
+      const int64_t n = std::min<int64_t>(a_.N, 2 * kBlock);
+      for (const Source& y : columns) ahead.add(y.t, bh / a_.H, bh % a_.H, 0, n, y.width);
+    }
+    const int64_t n = std::min<int64_t>(a_.M - m0, kBlock);
+    for (const Source& x : rows) ahead.add(x.t, bh / a_.H, bh % a_.H, m0, n, x.width);
   }
 
   // Row m of a tensor of x's, contiguous: one plane a head, or one for all.
@@ -119,10 +141,12 @@ class Forward : Tiles {
     each_ = Columns::size(a.N, width_x_);
     deal_ = chunk_rows(planes_, a.M, each_ * 4);
     kt_ = bt_units<U>(kBlock, a.D);
-    vy_ = b_units<U>(kBlock, a.Dv_y);
-    vx_ = b_units<U>(kBlock, a.Dv_x);
+    q_ = is_a_operand<U>(a.qk_x, a.D) ? 0 : a_units<U>(kBlock, a.D);
+    vy_ = is_b_operand<U>(a.v_y, a.Dv_y, a.mask_y) ? 0 : b_units<U>(kBlock, a.Dv_y);
+    vx_ = is_b_operand<U>(a.v_x, a.Dv_x, a.mask_x) ? 0 : b_units<U>(kBlock, a.Dv_x);
     stay_ = tiles_ * (kt_ + vy_) * 4 <= kKeepBytes;
-    super_ = super_rows(stay_, 4 * (units<U>(a.D) + width_x_ + width_y_));
+    super_ = super_rows(4 * (tiles_ * (kt_ + vy_) + each_),
+                        4 * (units<U>(a.D) + units<U>(a.Dv_x) + width_y_));
   }
 
   void run() {
@@ -162,7 +186,7 @@ class Forward : Tiles {
   void make_work(Work& w, Arena& arena) const {
     make_common(w, arena, false);
     const int64_t slots = stay_ ? tiles_ : 1;
-    w.q = arena.take<U>(a_units<U>(super_, a_.D));
+    w.q = arena.take<U>(super_ / kBlock * q_);
     w.vx = arena.take<U>(super_ / kBlock * vx_);
     w.kt = arena.take<U>(slots * kt_);
     w.vy = arena.take<U>(slots * vy_);
@@ -186,14 +210,16 @@ class Forward : Tiles {
     t.b = bh / a_.H, t.h = bh % a_.H, t.bh = bh;
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
       const int64_t rows = std::min(super_, end - m0);
-      pack_a(w.q, rows_of(a_.qk_x, t.b, t.h, m0), rows, a_.D);
-      for (int64_t r = 0; r < rows; r += kBlock) {
+      if (q_) pack_a(w.q, rows_of(a_.qk_x, t.b, t.h, m0), rows, a_.D);
+      for (int64_t r = 0; vx_ && r < rows; r += kBlock) {
         pack_b(w.vx + r / kBlock * vx_, w.scratch, rows_of(a_.v_x, t.b, t.h, m0 + r, a_.mask_x),
                std::min<int64_t>(kBlock, rows - r), a_.Dv_x);
       }
       std::fill(w.reference, w.reference + rows, -kInf);
       std::fill(w.sum, w.sum + rows, 0.0f);
       if (a_.N == 0) std::fill(w.o, w.o + rows * width_y_, 0.0f);  // else by the first columns
+      look_ahead(w.ahead, bh, m0 + super_, {{a_.qk_x, a_.D}, {a_.v_x, a_.Dv_x}},
+                 {{a_.qk_y, a_.D}, {a_.v_y, a_.Dv_y}});
       for (int64_t n0 = 0; n0 < a_.N; n0 += kBlock) {
         const int64_t slot = stay_ ? n0 / kBlock : 0;
         U *kt = w.kt + slot * kt_, *vy = w.vy + slot * vy_;
@@ -202,7 +228,9 @@ class Forward : Tiles {
         t.nv = vectors(t.cols);
         if (!stay_ || m0 == begin) {
           pack_b_transposed(kt, w.scratch, rows_of(a_.qk_y, t.b, t.h, n0), t.cols, a_.D);
-          pack_b(vy, w.scratch, rows_of(a_.v_y, t.b, t.h, n0, a_.mask_y), t.cols, a_.Dv_y);
+          if (vy_) {
+            pack_b(vy, w.scratch, rows_of(a_.v_y, t.b, t.h, n0, a_.mask_y), t.cols, a_.Dv_y);
+          }
         }
         for (int64_t r = 0; r < rows; r += kBlock) {
           t.m0 = m0 + r;
@@ -238,11 +266,13 @@ class Forward : Tiles {
   // `first`: of the rows that meet these columns, whose sums it starts.
   void tile(Work& w, const TileShape& t, int64_t r, const U* kt, const U* vy, const Columns& c,
             bool first) const {
-    scores(w.q + r * units<U>(a_.D), kt, t.rows, t.cols, a_.D, w.s);
+    const AOperand<U> q =
+        q_ ? packed_a(w.q + r * units<U>(a_.D), a_.D) : a_operand<U>(a_.qk_x, t.b, t.h, t.m0);
+    scores(q, 0, kt, t.rows, t.cols, a_.D, w.s, &w.ahead);
     load_tile(w, t);
     apply(w, t);
     float *reference = w.reference + r, *sum = w.sum + r, *o = w.o + r * width_y_;
-    const bool masked = !w.mask.full || w.mask.row;
+    const bool masked = !w.mask.all_kept || w.mask.row;
     (masked ? maxima<true> : maxima<false>)(w.s, w.mask, t.rows, t.nv, w.row_top, w.column_top);
     raise_all(w.row_top, reference, sum, o, width_y_, t.rows, rule_.unit);
     float *column_reference = c.reference + t.n0, *acc = c.acc + t.n0 * width_x_;
@@ -257,9 +287,11 @@ class Forward : Tiles {
                     : probabilities<false, false>(w, t, reference, sum);
     }
     for (int j = 0; j < t.cols; ++j) c.sum[t.n0 + j] += w.column_sum[j];
-    times_rows(w.row, t.rows, t.cols, vy, t.cols, vectors(a_.Dv_y), o, width_y_, t.n0 > 0);
-    times_columns(w.column, t.rows, t.cols, w.vx + r / kBlock * vx_, t.rows, vectors(a_.Dv_x), acc,
-                  width_x_, !first);
+    const BOperand<U> v_y = vy_ ? packed_b(vy, t.cols) : b_operand<U>(a_.v_y, t.b, t.h, t.n0);
+    const BOperand<U> v_x =
+        vx_ ? packed_b(w.vx + r / kBlock * vx_, t.rows) : b_operand<U>(a_.v_x, t.b, t.h, t.m0);
+    times_rows(w.row, t.rows, t.cols, v_y, vectors(a_.Dv_y), o, width_y_, t.n0 > 0, &w.ahead);
+    times_columns(w.column, t.rows, t.cols, v_x, vectors(a_.Dv_x), acc, width_x_, !first, &w.ahead);
   }
 
   template <bool kMasked, bool kOneExp>
@@ -340,7 +372,8 @@ class Forward : Tiles {
     }
   }
 
-  int64_t width_x_, width_y_, each_, kt_, vy_, vx_, super_;
+  int64_t width_x_, width_y_, each_, super_;
+  int64_t q_, kt_, vy_, vx_;  // units packed a block; 0: products read the tensor itself
   bool stay_;
 };
 
@@ -362,8 +395,16 @@ class Backward : Tiles {
     deal_ = chunk_rows(planes_, a.M, sums_.size() * 4);
     if (bias_.rows_shared()) deal_ = {1, round_up(std::max<int64_t>(a.M, 1), kBlock)};
     columns_.init(a, g, want_ds_);
+    q_ = is_a_operand<U>(a.qk_x, a.D) ? 0 : a_units<U>(kBlock, a.D);
+    do_ = !want_ds_ || is_a_operand<U>(g.do_x, a.Dv_y) ? 0 : a_units<U>(kBlock, a.Dv_y);
+    v_ = !want_ds_ || is_a_operand<U>(a.v_x, a.Dv_x, a.mask_x) ? 0 : a_units<U>(kBlock, a.Dv_x);
+    qb_ = !g.dqk_y || is_b_operand<U>(a.qk_x, a.D) ? 0 : b_units<U>(kBlock, a.D);
+    dob_ = !g.dv_y || is_b_operand<U>(g.do_x, a.Dv_y) ? 0 : b_units<U>(kBlock, a.Dv_y);
     stay_ = tiles_ * columns_.size() * 4 <= kKeepBytes;
-    super_ = super_rows(stay_ || summed_, 4 * (2 * width_ + 3 * width_x_ + 2 * width_y_));
+    const int64_t packed = 2 * units<U>(a.D) + units<U>(a.Dv_x) + 2 * units<U>(a.Dv_y);
+    super_ = summed_ ? kBlock
+                     : super_rows(4 * (tiles_ * columns_.size() + sums_.size()),
+                                  4 * (packed + width_ + width_x_));
   }
 
   void run() {
@@ -404,8 +445,10 @@ class Backward : Tiles {
       kt = bt_units<U>(kBlock, a.D);
       vt = want_ds ? bt_units<U>(kBlock, a.Dv_y) : 0;
       dot = want_ds ? bt_units<U>(kBlock, a.Dv_x) : 0;
-      k = g.dqk_x ? b_units<U>(kBlock, a.D) : 0;
-      d_o = g.dv_x ? b_units<U>(kBlock, a.Dv_x) : 0;
+      const bool here_k = is_b_operand<U>(a.qk_y, a.D);
+      const bool here_d_o = is_b_operand<U>(g.do_y, a.Dv_x);
+      k = g.dqk_x && !here_k ? b_units<U>(kBlock, a.D) : 0;
+      d_o = g.dv_x && !here_d_o ? b_units<U>(kBlock, a.Dv_x) : 0;
     }
     int64_t size() const { return kt + vt + dot + k + d_o; }
   };
@@ -426,11 +469,11 @@ class Backward : Tiles {
     make_common(w, arena, true);
     const int64_t blocks = super_ / kBlock;
     const int64_t widest = std::max(a_.D, std::max(a_.Dv_x, a_.Dv_y));
-    w.q = arena.take<U>(a_units<U>(super_, a_.D));
-    w.d_o = arena.take<U>(a_units<U>(super_, a_.Dv_y));
-    w.v = arena.take<U>(a_units<U>(super_, a_.Dv_x));
-    w.q_b = arena.take<U>(blocks * b_units<U>(kBlock, a_.D));
-    w.do_b = arena.take<U>(blocks * b_units<U>(kBlock, a_.Dv_y));
+    w.q = arena.take<U>(blocks * q_);
+    w.d_o = arena.take<U>(blocks * do_);
+    w.v = arena.take<U>(blocks * v_);
+    w.q_b = arena.take<U>(blocks * qb_);
+    w.do_b = arena.take<U>(blocks * dob_);
     w.column = arena.take<U>((stay_ ? tiles_ : 1) * columns_.size());
     w.scratch = arena.take<U>(scratch_units<U>(widest));
     w.floats = arena.take<float>(2 * widest);
@@ -470,20 +513,18 @@ class Backward : Tiles {
   void pack_rows(Work& w, const TileShape& t, int64_t m0, int64_t rows) const {
     const RowSource q = rows_of(a_.qk_x, t.b, t.h, m0);
     const RowSource d_o = rows_of(g_.do_x, t.b, t.h, m0);
-    pack_a(w.q, q, rows, a_.D);
-    if (want_ds_) {
-      pack_a(w.d_o, d_o, rows, a_.Dv_y);
-      pack_a(w.v, rows_of(a_.v_x, t.b, t.h, m0, a_.mask_x), rows, a_.Dv_x);
-    }
+    if (q_) pack_a(w.q, q, rows, a_.D);
+    if (do_) pack_a(w.d_o, d_o, rows, a_.Dv_y);
+    if (v_) pack_a(w.v, rows_of(a_.v_x, t.b, t.h, m0, a_.mask_x), rows, a_.Dv_x);
     for (int64_t r = 0; r < rows; r += kBlock) {
       const int64_t n = std::min<int64_t>(kBlock, rows - r), block = r / kBlock;
-      if (g_.dqk_y) {
-        pack_b(w.q_b + block * b_units<U>(kBlock, a_.D), w.scratch,
-               rows_of(a_.qk_x, t.b, t.h, m0 + r), n, a_.D);
+      if (qb_) {
+        const RowSource from = rows_of(a_.qk_x, t.b, t.h, m0 + r);
+        pack_b(w.q_b + block * qb_, w.scratch, from, n, a_.D);
       }
-      if (g_.dv_y) {
-        pack_b(w.do_b + block * b_units<U>(kBlock, a_.Dv_y), w.scratch,
-               rows_of(g_.do_x, t.b, t.h, m0 + r), n, a_.Dv_y);
+      if (dob_) {
+        const RowSource from = rows_of(g_.do_x, t.b, t.h, m0 + r);
+        pack_b(w.do_b + block * dob_, w.scratch, from, n, a_.Dv_y);
       }
     }
     const RowSource o = rows_of(g_.o_x, t.b, t.h, m0);
@@ -519,6 +560,9 @@ class Backward : Tiles {
       const int64_t rows = std::min(super_, end - m0), at = summed_ ? m0 - begin : 0;
       w.dq = w.chunk_dq + at * width_, w.dv = w.chunk_dv + at * width_x_;
       pack_rows(w, t, m0, rows);
+      look_ahead(w.ahead, bh, m0 + super_,
+                 {{a_.qk_x, a_.D}, {a_.v_x, a_.Dv_x}, {g_.do_x, a_.Dv_y}, {g_.o_x, a_.Dv_y}},
+                 {{a_.qk_y, a_.D}, {a_.v_y, a_.Dv_y}, {g_.do_y, a_.Dv_x}, {g_.o_y, a_.Dv_x}});
       auto columns = [&](int64_t n0, bool pack) {
         U* column = w.column + (stay_ ? n0 / kBlock : 0) * columns_.size();
         t.n0 = n0;
@@ -556,9 +600,13 @@ class Backward : Tiles {
       const int64_t at = t.n0 / kBlock * kBlock * kBlock;
       w.s = w.all_s + at, w.dpr = w.all_dpr + at;
     }
-    scores(w.q + r * units<U>(a_.D), column, t.rows, t.cols, a_.D, w.s);
+    const AOperand<U> q =
+        q_ ? packed_a(w.q + r * units<U>(a_.D), a_.D) : a_operand<U>(a_.qk_x, t.b, t.h, t.m0);
+    scores(q, 0, column, t.rows, t.cols, a_.D, w.s, &w.ahead);
     if (want_ds_) {
-      scores(w.d_o + r * units<U>(a_.Dv_y), column + columns_.kt, t.rows, t.cols, a_.Dv_y, w.dpr);
+      const AOperand<U> d_o = do_ ? packed_a(w.d_o + r * units<U>(a_.Dv_y), a_.Dv_y)
+                                  : a_operand<U>(g_.do_x, t.b, t.h, t.m0);
+      scores(d_o, 0, column + columns_.kt, t.rows, t.cols, a_.Dv_y, w.dpr, &w.ahead);
     }
     load_tile(w, t);
     apply(w, t);
@@ -592,14 +640,18 @@ class Backward : Tiles {
       w.s = w.all_s + at, w.dpr = w.all_dpr + at;
       load_tile(w, t);
     }
-    if (want_ds_) scores(w.v + r * units<U>(a_.Dv_x), dot, t.rows, t.cols, a_.Dv_x, w.dpc);
+    if (want_ds_) {
+      const AOperand<U> v = v_ ? packed_a(w.v + r * units<U>(a_.Dv_x), a_.Dv_x)
+                               : a_operand<U>(a_.v_x, t.b, t.h, t.m0);
+      scores(v, 0, dot, t.rows, t.cols, a_.Dv_x, w.dpc, &w.ahead);
+    }
     std::copy(w.lse_y + t.n0, w.lse_y + t.n0 + t.cols, w.column_lse);
     std::fill(w.column_lse + t.cols, w.column_lse + kBlock, kInf);
     std::copy(w.low_y + t.n0, w.low_y + t.n0 + t.cols, w.column_low);
     std::fill(w.column_low + t.cols, w.column_low + kBlock, 0.0f);
     std::copy(w.delta_y + t.n0, w.delta_y + t.n0 + t.cols, w.column_delta);
     std::fill(w.column_delta + t.cols, w.column_delta + kBlock, 0.0f);
-    if (!w.mask.full || w.mask.row) {
+    if (!w.mask.all_kept || w.mask.row) {
       gradients<true, false>(w, t, r);
     } else {
       w.transfer.prepare(rule_.unit, w.lse_x + r, w.column_lse, t.rows, t.cols, w.low_x + r,
@@ -614,20 +666,26 @@ class Backward : Tiles {
       for (int j = 0; j < t.cols; ++j) db[j] += w.column_ds[j];
     }
     if (g_.dv_y) {
-      times_columns(w.p_row, t.rows, t.cols, w.do_b + block * b_units<U>(kBlock, a_.Dv_y), t.rows,
-                    vectors(a_.Dv_y), dv_y, width_y_, !first);
+      const BOperand<U> b =
+          dob_ ? packed_b(w.do_b + block * dob_, t.rows) : b_operand<U>(g_.do_x, t.b, t.h, t.m0);
+      times_columns(w.p_row, t.rows, t.cols, b, vectors(a_.Dv_y), dv_y, width_y_, !first, &w.ahead);
     }
     if (g_.dv_x) {
-      times_rows(w.p_column, t.rows, t.cols, d_o, t.cols, vectors(a_.Dv_x), w.dv + r * width_x_,
-                 width_x_, add);
+      const BOperand<U> b =
+          columns_.d_o ? packed_b(d_o, t.cols) : b_operand<U>(g_.do_y, t.b, t.h, t.n0);
+      times_rows(w.p_column, t.rows, t.cols, b, vectors(a_.Dv_x), w.dv + r * width_x_, width_x_,
+                 add, &w.ahead);
     }
     if (g_.dqk_x) {
-      times_rows(w.ds, t.rows, t.cols, k, t.cols, vectors(a_.D), w.dq + r * width_, width_,
-                 add || one_dx());
+      const BOperand<U> b =
+          columns_.k ? packed_b(k, t.cols) : b_operand<U>(a_.qk_y, t.b, t.h, t.n0);
+      times_rows(w.ds, t.rows, t.cols, b, vectors(a_.D), w.dq + r * width_, width_, add || one_dx(),
+                 &w.ahead);
     }
     if (g_.dqk_y) {
-      times_columns(w.ds, t.rows, t.cols, w.q_b + block * b_units<U>(kBlock, a_.D), t.rows,
-                    vectors(a_.D), dk_y, width_, !first);
+      const BOperand<U> b =
+          qb_ ? packed_b(w.q_b + block * qb_, t.rows) : b_operand<U>(a_.qk_x, t.b, t.h, t.m0);
+      times_columns(w.ds, t.rows, t.cols, b, vectors(a_.D), dk_y, width_, !first, &w.ahead);
     }
   }
 
@@ -703,6 +761,7 @@ class Backward : Tiles {
   Group group_;
   ColumnGrads sums_;
   int64_t width_, width_x_, width_y_, super_;
+  int64_t q_, do_, v_, qb_, dob_;  // units packed a block; 0: products read the tensor itself
   ColumnTile columns_;
   bool stay_, want_ds_;
 };

@@ -3,6 +3,7 @@
 #include "../co_attention.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "attention.h"
 #include "kernels.h"
@@ -27,6 +28,7 @@ class Side {
 
   struct Common {
     TileMask mask;
+    Ahead ahead;
     float *s, *bias, *drop;
   };
 
@@ -43,6 +45,27 @@ class Side {
       dropout_tile(w.drop, a_.dropout, t.bh, direction_, false, t.m0, t.n0, t.rows, t.cols);
     }
     apply_rule(w.s, rule_, w.bias, t.rows, t.nv);
+    blank_tail(w.s, t.rows, t.cols);
+  }
+
+  // What is read after the rows before m0 of a plane: the rows from there, or the next plane.
+  // `rows` are tensors of the queries with their widths, beside q itself.
+  struct Source {
+    const Tensor4& t;
+    int64_t width;
+  };
+  void look_ahead(Ahead& ahead, int64_t bh, int64_t m0, std::initializer_list<Source> rows) const {
+    ahead.clear();
+    if (m0 >= s_.M) {
+      m0 = 0;
+      if (++bh == planes_) return;
+      const int64_t n = std::min<int64_t>(s_.N, 2 * kBlock);
+      ahead.add(s_.k, bh / a_.H, bh % a_.H, 0, n, s_.D);
+      ahead.add(s_.v, bh / a_.H, bh % a_.H, 0, n, s_.Dv);
+    }
+    const int64_t n = std::min<int64_t>(s_.M - m0, kBlock);
+    ahead.add(s_.q, bh / a_.H, bh % a_.H, m0, n, s_.D);
+    for (const Source& x : rows) ahead.add(x.t, bh / a_.H, bh % a_.H, m0, n, x.width);
   }
 
   const CoAttention& a_;
@@ -58,9 +81,10 @@ class Forward : Side {
   Forward(const CoAttention& a, int direction) : Side(a, direction) {
     deal_ = chunk_rows(planes_, s_.M, 0);
     kt_ = bt_units<U>(kBlock, s_.D);
-    v_ = b_units<U>(kBlock, s_.Dv);
+    q_ = is_a_operand<U>(s_.q, s_.D) ? 0 : a_units<U>(kBlock, s_.D);
+    v_ = is_b_operand<U>(s_.v, s_.Dv, s_.mask) ? 0 : b_units<U>(kBlock, s_.Dv);
     stay_ = tiles_ * (kt_ + v_) * 4 <= kKeepBytes;
-    super_ = super_rows(stay_, 4 * (units<U>(s_.D) + width_v_));
+    super_ = super_rows(4 * tiles_ * (kt_ + v_), 4 * (units<U>(s_.D) + width_v_));
   }
 
   int64_t tasks() const { return planes_ * deal_.chunks; }
@@ -86,7 +110,7 @@ class Forward : Side {
   void make_work(Work& w, Arena& arena) const {
     make_common(w, arena);
     const int64_t slots = stay_ ? tiles_ : 1;
-    w.q = arena.take<U>(a_units<U>(super_, s_.D));
+    w.q = arena.take<U>(super_ / kBlock * q_);
     w.kt = arena.take<U>(slots * kt_);
     w.v = arena.take<U>(slots * v_);
     w.scratch = arena.take<U>(scratch_units<U>(std::max(s_.D, s_.Dv)));
@@ -104,10 +128,11 @@ class Forward : Side {
     t.b = bh / a_.H, t.h = bh % a_.H, t.bh = bh;
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
       const int64_t rows = std::min(super_, end - m0);
-      pack_a(w.q, rows_of(s_.q, t.b, t.h, m0), rows, s_.D);
+      if (q_) pack_a(w.q, rows_of(s_.q, t.b, t.h, m0), rows, s_.D);
       std::fill(w.reference, w.reference + rows, -kInf);
       std::fill(w.sum, w.sum + rows, 0.0f);
       if (s_.N == 0) std::fill(w.o, w.o + rows * width_v_, 0.0f);  // else by the first columns
+      look_ahead(w.ahead, bh, m0 + super_, {});
       for (int64_t n0 = 0; n0 < s_.N; n0 += kBlock) {
         const int64_t slot = stay_ ? n0 / kBlock : 0;
         U *kt = w.kt + slot * kt_, *v = w.v + slot * v_;
@@ -116,7 +141,7 @@ class Forward : Side {
         t.nv = vectors(t.cols);
         if (!stay_ || (fresh && m0 == begin)) {
           pack_b_transposed(kt, w.scratch, rows_of(s_.k, t.b, t.h, n0, s_.mask), t.cols, s_.D);
-          pack_b(v, w.scratch, rows_of(s_.v, t.b, t.h, n0, s_.mask), t.cols, s_.Dv);
+          if (v_) pack_b(v, w.scratch, rows_of(s_.v, t.b, t.h, n0, s_.mask), t.cols, s_.Dv);
         }
         for (int64_t r = 0; r < rows; r += kBlock) {
           t.m0 = m0 + r;
@@ -133,12 +158,15 @@ class Forward : Side {
   }
 
   void tile(Work& w, const TileShape& t, int64_t r, const U* kt, const U* v) const {
-    scores(w.q + r * units<U>(s_.D), kt, t.rows, t.cols, s_.D, w.s);
+    const AOperand<U> q =
+        q_ ? packed_a(w.q + r * units<U>(s_.D), s_.D) : a_operand<U>(s_.q, t.b, t.h, t.m0);
+    scores(q, 0, kt, t.rows, t.cols, s_.D, w.s, &w.ahead);
     prepare_tile(w, t);
     float *reference = w.reference + r, *sums = w.sum + r, *o = w.o + r * width_v_;
-    w.mask.full ? softmax<false>(w, t, reference, sums, o)
-                : softmax<true>(w, t, reference, sums, o);
-    times_rows(w.p, t.rows, t.cols, v, t.cols, vectors(s_.Dv), o, width_v_, t.n0 > 0);
+    w.mask.all_kept ? softmax<false>(w, t, reference, sums, o)
+                    : softmax<true>(w, t, reference, sums, o);
+    const BOperand<U> b = v_ ? packed_b(v, t.cols) : b_operand<U>(s_.v, t.b, t.h, t.n0);
+    times_rows(w.p, t.rows, t.cols, b, vectors(s_.Dv), o, width_v_, t.n0 > 0, &w.ahead);
   }
 
   template <bool kMasked>
@@ -169,7 +197,8 @@ class Forward : Side {
   }
 
   Chunks deal_;
-  int64_t kt_, v_, super_;
+  int64_t q_, kt_, v_;  // units packed a block; 0: products read the tensor itself
+  int64_t super_;
   bool stay_;
 };
 
@@ -187,9 +216,14 @@ class Backward : Side {
     if (bias_.rows_shared()) deal_ = {1, round_up(std::max<int64_t>(s_.M, 1), kBlock)};
     kt_ = bt_units<U>(kBlock, s_.D);
     vt_ = want_ds_ ? bt_units<U>(kBlock, s_.Dv) : 0;
-    k_ = g_.dq ? b_units<U>(kBlock, s_.D) : 0;
+    k_ = !g_.dq || is_b_operand<U>(s_.k, s_.D, s_.mask) ? 0 : b_units<U>(kBlock, s_.D);
+    q_ = is_a_operand<U>(s_.q, s_.D) ? 0 : a_units<U>(kBlock, s_.D);
+    do_ = !want_ds_ || is_a_operand<U>(g_.d_o, s_.Dv) ? 0 : a_units<U>(kBlock, s_.Dv);
+    qb_ = !g_.dk || is_b_operand<U>(s_.q, s_.D) ? 0 : b_units<U>(kBlock, s_.D);
+    dob_ = !g_.dv || is_b_operand<U>(g_.d_o, s_.Dv) ? 0 : b_units<U>(kBlock, s_.Dv);
     stay_ = tiles_ * (kt_ + vt_ + k_) * 4 <= kKeepBytes;
-    super_ = super_rows(stay_, 4 * (3 * width_ + 2 * width_v_));
+    const int64_t packed = 2 * units<U>(s_.D) + 2 * units<U>(s_.Dv);
+    super_ = super_rows(4 * (tiles_ * (kt_ + vt_ + k_) + sums_.size()), 4 * (packed + width_));
   }
 
   int64_t tasks() const { return planes_ / group_.size() * deal_.chunks; }
@@ -232,10 +266,10 @@ class Backward : Side {
   void make_work(Work& w, Arena& arena) const {
     make_common(w, arena);
     const int64_t blocks = super_ / kBlock, widest = std::max(s_.D, s_.Dv);
-    w.q = arena.take<U>(a_units<U>(super_, s_.D));
-    w.d_o = arena.take<U>(a_units<U>(super_, s_.Dv));
-    w.q_b = arena.take<U>(blocks * b_units<U>(kBlock, s_.D));
-    w.do_b = arena.take<U>(blocks * b_units<U>(kBlock, s_.Dv));
+    w.q = arena.take<U>(blocks * q_);
+    w.d_o = arena.take<U>(blocks * do_);
+    w.q_b = arena.take<U>(blocks * qb_);
+    w.do_b = arena.take<U>(blocks * dob_);
     w.column = arena.take<U>((stay_ ? tiles_ : 1) * (kt_ + vt_ + k_));
     w.scratch = arena.take<U>(scratch_units<U>(widest));
     w.floats = arena.take<float>(2 * widest);
@@ -251,17 +285,17 @@ class Backward : Side {
   void pack_rows(Work& w, const TileShape& t, int64_t m0, int64_t rows) const {
     const RowSource q = rows_of(s_.q, t.b, t.h, m0), d_o = rows_of(g_.d_o, t.b, t.h, m0);
     const RowSource o = rows_of(g_.o, t.b, t.h, m0);
-    pack_a(w.q, q, rows, s_.D);
-    if (want_ds_) pack_a(w.d_o, d_o, rows, s_.Dv);
+    if (q_) pack_a(w.q, q, rows, s_.D);
+    if (do_) pack_a(w.d_o, d_o, rows, s_.Dv);
     for (int64_t r = 0; r < rows; r += kBlock) {
       const int64_t n = std::min<int64_t>(kBlock, rows - r), block = r / kBlock;
-      if (g_.dk) {
-        pack_b(w.q_b + block * b_units<U>(kBlock, s_.D), w.scratch, rows_of(s_.q, t.b, t.h, m0 + r),
-               n, s_.D);
+      if (qb_) {
+        const RowSource from = rows_of(s_.q, t.b, t.h, m0 + r);
+        pack_b(w.q_b + block * qb_, w.scratch, from, n, s_.D);
       }
-      if (g_.dv) {
-        pack_b(w.do_b + block * b_units<U>(kBlock, s_.Dv), w.scratch,
-               rows_of(g_.d_o, t.b, t.h, m0 + r), n, s_.Dv);
+      if (dob_) {
+        const RowSource from = rows_of(g_.d_o, t.b, t.h, m0 + r);
+        pack_b(w.do_b + block * dob_, w.scratch, from, n, s_.Dv);
       }
     }
     const int64_t row = t.bh * s_.M + m0;
@@ -282,6 +316,7 @@ class Backward : Side {
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
       const int64_t rows = std::min(super_, end - m0);
       pack_rows(w, t, m0, rows);
+      look_ahead(w.ahead, bh, m0 + super_, {{g_.d_o, s_.Dv}, {g_.o, s_.Dv}});
       for (int64_t n0 = 0; n0 < s_.N; n0 += kBlock) {
         U* column = w.column + (stay_ ? n0 / kBlock : 0) * (kt_ + vt_ + k_);
         t.n0 = n0;
@@ -306,24 +341,34 @@ class Backward : Side {
 
   // `first`: of the rows that meet these columns, whose sums it starts.
   void tile(Work& w, const TileShape& t, int64_t r, const U* column, float* acc, bool first) const {
-    scores(w.q + r * units<U>(s_.D), column, t.rows, t.cols, s_.D, w.s);
+    const AOperand<U> q =
+        q_ ? packed_a(w.q + r * units<U>(s_.D), s_.D) : a_operand<U>(s_.q, t.b, t.h, t.m0);
+    scores(q, 0, column, t.rows, t.cols, s_.D, w.s, &w.ahead);
     if (want_ds_) {
-      scores(w.d_o + r * units<U>(s_.Dv), column + kt_, t.rows, t.cols, s_.Dv, w.dp);
+      const AOperand<U> d_o =
+          do_ ? packed_a(w.d_o + r * units<U>(s_.Dv), s_.Dv) : a_operand<U>(g_.d_o, t.b, t.h, t.m0);
+      scores(d_o, 0, column + kt_, t.rows, t.cols, s_.Dv, w.dp, &w.ahead);
     }
     prepare_tile(w, t);
-    w.mask.full ? gradients<false>(w, t, r) : gradients<true>(w, t, r);
+    w.mask.all_kept ? gradients<false>(w, t, r) : gradients<true>(w, t, r);
     const int64_t block = r / kBlock;
     if (g_.dv) {
-      times_columns(w.p, t.rows, t.cols, w.do_b + block * b_units<U>(kBlock, s_.Dv), t.rows,
-                    vectors(s_.Dv), sums_.at_v(acc, t.n0), width_v_, !first);
+      const BOperand<U> b =
+          dob_ ? packed_b(w.do_b + block * dob_, t.rows) : b_operand<U>(g_.d_o, t.b, t.h, t.m0);
+      times_columns(w.p, t.rows, t.cols, b, vectors(s_.Dv), sums_.at_v(acc, t.n0), width_v_, !first,
+                    &w.ahead);
     }
     if (g_.dq) {
-      times_rows(w.ds, t.rows, t.cols, column + kt_ + vt_, t.cols, vectors(s_.D), w.dq + r * width_,
-                 width_, t.n0 > 0);
+      const BOperand<U> b =
+          k_ ? packed_b(column + kt_ + vt_, t.cols) : b_operand<U>(s_.k, t.b, t.h, t.n0);
+      times_rows(w.ds, t.rows, t.cols, b, vectors(s_.D), w.dq + r * width_, width_, t.n0 > 0,
+                 &w.ahead);
     }
     if (g_.dk) {
-      times_columns(w.ds, t.rows, t.cols, w.q_b + block * b_units<U>(kBlock, s_.D), t.rows,
-                    vectors(s_.D), sums_.at_k(acc, t.n0), width_, !first);
+      const BOperand<U> b =
+          qb_ ? packed_b(w.q_b + block * qb_, t.rows) : b_operand<U>(s_.q, t.b, t.h, t.m0);
+      times_columns(w.ds, t.rows, t.cols, b, vectors(s_.D), sums_.at_k(acc, t.n0), width_, !first,
+                    &w.ahead);
     }
   }
 
@@ -369,7 +414,8 @@ class Backward : Side {
   Group group_;
   ColumnGrads sums_;
   Chunks deal_;
-  int64_t kt_, vt_, k_, super_;
+  int64_t q_, do_, qb_, dob_, kt_, vt_, k_;  // units packed a block; 0: not needed, or not packed
+  int64_t super_;
   bool stay_, want_ds_;
 };
 

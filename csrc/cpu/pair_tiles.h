@@ -198,7 +198,7 @@ class PairLoop : PairShape {
     const bool kept = index < a_.dots_tiles;
     t.dots = kept ? a_.dots + index * kDotsTile : t.s;
     if (!kept || !Op::kBackward) {
-      scores(rows, ld, yt_ + y * bt_, t.rows, t.cols, a_.D, t.dots);
+      scores<U>({rows, ld}, 0, yt_ + y * bt_, t.rows, t.cols, a_.D, t.dots);
     }
     fill_mask(t.mask, {}, {}, 0, t.m0, t.n0, t.cols);
     for (int i = 0; i < t.rows; ++i) t.scale[i] = a_.row_scale(t.g, t.m0 + i);
@@ -206,11 +206,11 @@ class PairLoop : PairShape {
     op_.tile(t, w.op, w.ds);
     if constexpr (Op::kBackward) {
       if (dx_) {
-        times_rows(w.ds, t.rows, t.cols, yb_ + y * b_, t.cols, vectors(a_.D),
+        times_rows(w.ds, t.rows, t.cols, packed_b(yb_ + y * b_, t.cols), vectors(a_.D),
                    acc_x_ + (t.g * a_.M + t.m0) * width_, width_);
       }
       if (dy_) {
-        times_columns(w.ds, t.rows, t.cols, xb_ + x * b_, t.rows, vectors(a_.D),
+        times_columns(w.ds, t.rows, t.cols, packed_b(xb_ + x * b_, t.rows), vectors(a_.D),
                       acc_y_ + (t.g * a_.N + t.n0) * width_, width_);
       }
     }

@@ -13,7 +13,7 @@ struct Chunks {
 };
 
 constexpr int64_t kTasks = 32;                        // enough for even shares on 16 threads
-constexpr int64_t kPartialBytes = int64_t{64} << 20;  // of column accumulators, all tasks together
+constexpr int64_t kPartialBytes = int64_t{16} << 20;  // of column accumulators, all tasks together
 constexpr int64_t kKeepBytes = int64_t{4} << 20;      // packed columns kept for a whole task
 
 inline Chunks chunk_rows(int64_t planes, int64_t rows, int64_t column_bytes) {
@@ -27,11 +27,12 @@ inline Chunks chunk_rows(int64_t planes, int64_t rows, int64_t column_bytes) {
   return {rows > 0 ? ceil_div(rows, each) : 1, each > 0 ? each : kBlock};
 }
 
-// Rows handled between two visits of a column tile: one block if packed columns stay, else enough
-// to pay for packing them again.
-inline int64_t super_rows(bool columns_stay, int64_t row_bytes) {
-  if (columns_stay) return kBlock;
-  const int64_t fit = (int64_t{512} << 10) / (row_bytes * kBlock + 1);
+// Rows handled between two visits of a column tile: one block if all that is read and added to by
+// column stays in cache, else as many as do, to fetch or pack the columns less often.
+inline int64_t super_rows(int64_t column_bytes, int64_t row_bytes) {
+  constexpr int64_t kCache = int64_t{512} << 10;  // half of a usual second-level cache
+  if (column_bytes <= kCache) return kBlock;
+  const int64_t fit = kCache / (row_bytes * kBlock + 1);
   return kBlock * (fit < 1 ? 1 : fit > 8 ? 8 : fit);
 }
 

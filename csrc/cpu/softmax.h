@@ -74,12 +74,24 @@ inline void apply_rule(float* s, const ScoreRule& rule, const float* bias, int r
   }
 }
 
+// Scores past the end of a tile's rows, as if not there: no mask is then needed for them.
+inline void blank_tail(float* s, int rows, int cols) {
+  if (cols % kLanes == 0) return;
+  const int at = cols / kLanes * kLanes;
+  const IVec in = first_lanes(cols - at);
+  for (int i = 0; i < rows; ++i) {
+    float* last = s + i * kBlock + at;
+    store(last, select(in, load(last), splat(-kInf)));
+  }
+}
+
 // Which columns (and rows) of a tile count, for softmaxes over them.
 struct TileMask {
   alignas(64) int32_t column[kBlock];  // -1 keep, 0 not; columns past the end are not kept
   const bool* row;                     // nullptr: all
   int64_t row_stride;
-  bool full;  // every column is kept
+  bool full;      // every lane is kept
+  bool all_kept;  // every column within the tile is
 
   FMM_INLINE IVec columns(int v) const {
     IVec m;
@@ -91,7 +103,7 @@ struct TileMask {
 
 inline void fill_mask(TileMask& mask, const KeyMask& columns, const KeyMask& rows, int64_t b,
                       int64_t row0, int64_t col0, int cols) {
-  mask.full = cols % kLanes == 0;
+  mask.all_kept = true;
   for (int j = 0; j < kBlock; j += kLanes) {
     const IVec in = first_lanes(cols - j);
     __builtin_memcpy(mask.column + j, &in, sizeof in);
@@ -100,9 +112,10 @@ inline void fill_mask(TileMask& mask, const KeyMask& columns, const KeyMask& row
     for (int j = 0; j < cols; ++j) {
       const bool kept = keep[(col0 + j) * columns.stride[1]];
       mask.column[j] = kept ? -1 : 0;
-      mask.full = mask.full && kept;
+      mask.all_kept = mask.all_kept && kept;
     }
   }
+  mask.full = mask.all_kept && cols % kLanes == 0;
   mask.row = rows.data ? rows.row(b) + row0 * rows.stride[1] : nullptr;
   mask.row_stride = rows.stride[1];
 }

@@ -162,6 +162,52 @@ FMM_INLINE bool readable_everywhere(const RowSource& src, int64_t width) {
   return readable<U>(src, 0, width) && src.row_stride % kPerUnit<U> == 0;
 }
 
+// A operand: unit (i, k) at data[i * ld + k], contraction along the row.
+template <class U>
+struct AOperand {
+  const U* data;
+  int64_t ld;
+};
+
+// B operand: unit (k, j) of panel p at data[p * panel + k * ld + j].
+template <class U>
+struct BOperand {
+  const U* data;
+  int64_t ld, panel;
+};
+
+// Whether a tensor's rows are an A operand as they lie: laid out as pack_a would.
+template <class U>
+inline bool is_a_operand(const Tensor4& t, int64_t width, const KeyMask& mask = {}) {
+  return !mask.data && t.stride[2] == width && t.stride[0] % kPerUnit<U> == 0 &&
+         t.stride[1] % kPerUnit<U> == 0 && readable_everywhere<U>(rows_of(t, 0, 0, 0), width);
+}
+
+// Whether they are a B operand for a contraction along them. Rows further apart would share sets
+// of the first cache.
+template <class U>
+inline bool is_b_operand(const Tensor4& t, int64_t width, const KeyMask& mask = {}) {
+  return kPerUnit<U> == 1 && width % kLanes == 0 && width <= 4 * kPanel &&
+         is_a_operand<U>(t, width, mask);
+}
+
+template <class U>
+FMM_INLINE AOperand<U> a_operand(const Tensor4& t, int64_t b, int64_t h, int64_t row) {
+  return {static_cast<const U*>(at(t, t.offset(b, h, row))), t.stride[2] / kPerUnit<U>};
+}
+template <class U>
+FMM_INLINE BOperand<U> b_operand(const Tensor4& t, int64_t b, int64_t h, int64_t row) {
+  return {static_cast<const U*>(at(t, t.offset(b, h, row))), t.stride[2], kPanel};
+}
+template <class U>
+FMM_INLINE AOperand<U> packed_a(const U* data, int64_t width) {
+  return {data, units<U>(width)};
+}
+template <class U>
+FMM_INLINE BOperand<U> packed_b(const U* data, int64_t rows) {
+  return {data, kPanel, int64_t{units<U>(rows)} * kPanel};
+}
+
 // A operand: dst[i][unit], contraction along the row.
 template <class U>
 void pack_a(U* dst, const RowSource& src, int64_t n, int64_t width) {
@@ -229,29 +275,33 @@ void pack_b_transposed(U* dst, U* scratch, const RowSource& src, int64_t n, int6
   }
 }
 
+// Row i in whole panels: as it lies, or read into `scratch`, which is zero past the width.
+template <class U>
+FMM_INLINE const U* whole_row(U* scratch, const RowSource& src, int64_t i, int64_t width) {
+  if (width % kPanel == 0 && readable<U>(src, i, width)) return static_cast<const U*>(src.row(i));
+  read_row(scratch, src, i, width);
+  return scratch;
+}
+
 // B operand, contraction along the rows: panel[p][row unit][kPanel], column = element of the row.
 inline void pack_b(float* dst, float* scratch, const RowSource& src, int64_t n, int64_t width) {
   const int64_t padded = round_up(width, kPanel);
   for (int64_t j = width; j < padded; ++j) scratch[j] = 0.0f;
   for (int64_t i = 0; i < n; ++i) {
-    read_row(scratch, src, i, width);
+    const float* row = whole_row(scratch, src, i, width);
     for (int64_t p = 0; p < padded; p += kPanel) {
-      std::memcpy(dst + (p * n + i * kPanel), scratch + p, kPanel * sizeof(float));
+      std::memcpy(dst + (p * n + i * kPanel), row + p, kPanel * sizeof(float));
     }
   }
 }
 inline void pack_b(Bf2* dst, Bf2* scratch, const RowSource& src, int64_t n, int64_t width) {
   const int64_t padded = round_up(width, kPanel), k = units<Bf2>(n);
-  auto* even = reinterpret_cast<uint16_t*>(scratch);
-  uint16_t* odd = even + padded;
-  std::memset(static_cast<void*>(scratch), 0, 2 * padded * sizeof(uint16_t));
+  Bf2 *scratch_odd = scratch + units<Bf2>(padded), *zeros = scratch_odd + units<Bf2>(padded);
+  std::memset(static_cast<void*>(scratch), 0, 3 * padded * sizeof(uint16_t));
   for (int64_t i = 0; i < k; ++i) {
-    read_row(reinterpret_cast<Bf2*>(even), src, 2 * i, width);
-    if (2 * i + 1 < n) {
-      read_row(reinterpret_cast<Bf2*>(odd), src, 2 * i + 1, width);
-    } else {
-      std::memset(odd, 0, padded * sizeof(uint16_t));
-    }
+    const Bf2* next = 2 * i + 1 < n ? whole_row(scratch_odd, src, 2 * i + 1, width) : zeros;
+    const auto* even = reinterpret_cast<const uint16_t*>(whole_row(scratch, src, 2 * i, width));
+    const auto* odd = reinterpret_cast<const uint16_t*>(next);
     for (int64_t p = 0; p < padded; p += kPanel) {
       Bf2* out = dst + p * k + i * kPanel;
       for (int j = 0; j < kPanel; ++j) {
@@ -281,8 +331,8 @@ FMM_INLINE int64_t scratch_units(int64_t width) {
 
 // c[R][V] (+)= a . b over k units. kRows: a's unit (r, k) is at r * lda + k, else at k * lda + r.
 template <class U, int R, int V, bool kRows>
-__attribute__((noinline)) void micro(int k, const U* a, ptrdiff_t lda, const U* b, float* c,
-                                     ptrdiff_t ldc, bool accumulate) {
+__attribute__((noinline)) void micro(int k, const U* a, ptrdiff_t lda, const U* b, ptrdiff_t ldb,
+                                     float* c, ptrdiff_t ldc, bool accumulate) {
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -303,7 +353,7 @@ __attribute__((noinline)) void micro(int k, const U* a, ptrdiff_t lda, const U* 
       for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], x, bv[v]);
     }
     a += kRows ? 1 : lda;
-    b += kPanel;
+    b += ldb;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -316,29 +366,67 @@ __attribute__((noinline)) void micro(int k, const U* a, ptrdiff_t lda, const U* 
 }
 
 template <class U, int V, bool kRows, int R = kRegRows>
-FMM_INLINE void micro_tail(int rows, int k, const U* a, ptrdiff_t lda, const U* b, float* c,
-                           ptrdiff_t ldc, bool accumulate) {
+FMM_INLINE void micro_tail(int rows, int k, const U* a, ptrdiff_t lda, const U* b, ptrdiff_t ldb,
+                           float* c, ptrdiff_t ldc, bool accumulate) {
   if constexpr (R > 0) {
     if (rows == R) {
-      micro<U, R, V, kRows>(k, a, lda, b, c, ldc, accumulate);
+      micro<U, R, V, kRows>(k, a, lda, b, ldb, c, ldc, accumulate);
     } else {
-      micro_tail<U, V, kRows, R - 1>(rows, k, a, lda, b, c, ldc, accumulate);
+      micro_tail<U, V, kRows, R - 1>(rows, k, a, lda, b, ldb, c, ldc, accumulate);
     }
   }
 }
 
-// c[m][nv * kLanes] (+)= a[m][k] . b[k][..], b in panels of `panel` units each.
+// Rows that the next block will read, asked for a few cache lines at a time while products run: the
+// packs would wait for memory, and all lines at once would wait for each other.
+class Ahead {
+ public:
+  void clear() { count_ = next_ = at_ = 0; }
+  void add(const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t width) {
+    if (t.stride[3] != 1 || rows <= 0 || count_ == kMost) return;
+    const int64_t stride = t.stride[2] * size_of(t.dtype), bytes = width * size_of(t.dtype);
+    const auto* data = static_cast<const char*>(fmm::cpu::FMM_ISA::at(t, t.offset(b, h, row)));
+    ranges_[count_++] =
+        stride == bytes ? Range{data, 0, rows * bytes, 1} : Range{data, stride, bytes, rows};
+  }
+  FMM_INLINE void step() {
+    for (int lines = kLines; lines > 0 && next_ < count_;) {
+      Range& r = ranges_[next_];
+      for (; lines > 0 && at_ < r.bytes; at_ += 64, --lines) __builtin_prefetch(r.data + at_);
+      if (at_ < r.bytes) return;
+      at_ = 0;
+      r.data += r.stride;
+      if (--r.rows == 0) ++next_;
+    }
+  }
+
+ private:
+  struct Range {
+    const char* data;
+    int64_t stride, bytes, rows;  // in bytes
+  };
+  static constexpr int kMost = 8;
+  static constexpr int kLines = 40;  // a micro-kernel's call
+  Range ranges_[kMost];
+  int64_t at_ = 0;
+  int count_ = 0, next_ = 0;
+};
+
+// c[m][nv * kLanes] (+)= a[m][k] . b[k][..]
 template <class U, bool kRows>
-void gemm(int m, int nv, int k, const U* a, ptrdiff_t lda, const U* b, ptrdiff_t panel, float* c,
-          ptrdiff_t ldc, bool accumulate) {
-  for (int v = 0; v < nv; v += 2, b += panel, c += kPanel) {
+void gemm(int m, int nv, int k, const U* a, ptrdiff_t lda, const BOperand<U>& operand, float* c,
+          ptrdiff_t ldc, bool accumulate, Ahead* ahead) {
+  const U* b = operand.data;
+  const ptrdiff_t ldb = operand.ld;
+  for (int v = 0; v < nv; v += 2, b += operand.panel, c += kPanel) {
     for (int r = 0; r < m; r += kRegRows) {
       const int rows = m - r < kRegRows ? m - r : kRegRows;
+      if (ahead) ahead->step();
       const U* ar = kRows ? a + r * lda : a + r;
       if (nv - v >= 2) {
-        micro_tail<U, 2, kRows>(rows, k, ar, lda, b, c + r * ldc, ldc, accumulate);
+        micro_tail<U, 2, kRows>(rows, k, ar, lda, b, ldb, c + r * ldc, ldc, accumulate);
       } else {
-        micro_tail<U, 1, kRows>(rows, k, ar, lda, b, c + r * ldc, ldc, accumulate);
+        micro_tail<U, 1, kRows>(rows, k, ar, lda, b, ldb, c + r * ldc, ldc, accumulate);
       }
     }
   }
@@ -425,28 +513,24 @@ struct PTile {
 
 // c = p . b, contracting the tile's columns (n of them), or added to c.
 template <class U>
-FMM_INLINE void times_rows(const PTile<U>& p, int m, int n, const U* b, int64_t b_rows, int nv,
-                           float* c, int64_t ldc, bool accumulate = true) {
-  gemm<U, true>(m, nv, units<U>(n), p.rm, PTile<U>::kLdRm, b, units<U>(b_rows) * kPanel, c, ldc,
-                accumulate);
+FMM_INLINE void times_rows(const PTile<U>& p, int m, int n, const BOperand<U>& b, int nv, float* c,
+                           int64_t ldc, bool accumulate = true, Ahead* ahead = nullptr) {
+  gemm<U, true>(m, nv, units<U>(n), p.rm, PTile<U>::kLdRm, b, c, ldc, accumulate, ahead);
 }
 // c = p^T . b, contracting the tile's rows (m of them), or added to c.
 template <class U>
-FMM_INLINE void times_columns(const PTile<U>& p, int m, int n, const U* b, int64_t b_rows, int nv,
-                              float* c, int64_t ldc, bool accumulate = true) {
-  gemm<U, false>(n, nv, units<U>(m), p.tr, PTile<U>::kLd, b, units<U>(b_rows) * kPanel, c, ldc,
-                 accumulate);
+FMM_INLINE void times_columns(const PTile<U>& p, int m, int n, const BOperand<U>& b, int nv,
+                              float* c, int64_t ldc, bool accumulate = true,
+                              Ahead* ahead = nullptr) {
+  gemm<U, false>(n, nv, units<U>(m), p.tr, PTile<U>::kLd, b, c, ldc, accumulate, ahead);
 }
-// s[m][kBlock] = a . bt over the width; rows of a are lda units apart.
+// s[m][kBlock] = rows row0.. of a . bt over the width, bt packed.
 template <class U>
-FMM_INLINE void scores(const U* a, int64_t lda, const U* bt, int m, int n, int64_t width,
-                       float* s) {
+FMM_INLINE void scores(const AOperand<U>& a, int64_t row0, const U* bt, int m, int n, int64_t width,
+                       float* s, Ahead* ahead = nullptr) {
   const int k = units<U>(width);
-  gemm<U, true>(m, vectors(n), k, a, lda, bt, static_cast<ptrdiff_t>(k) * kPanel, s, kBlock, false);
-}
-template <class U>
-FMM_INLINE void scores(const U* a, const U* bt, int m, int n, int64_t width, float* s) {
-  scores(a, units<U>(width), bt, m, n, width, s);
+  const BOperand<U> b{bt, kPanel, int64_t{k} * kPanel};
+  gemm<U, true>(m, vectors(n), k, a.data + row0 * a.ld, a.ld, b, s, kBlock, false, ahead);
 }
 
 }  // namespace fmm::cpu::FMM_ISA
