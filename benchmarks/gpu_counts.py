@@ -14,10 +14,15 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import triton
 import vgpu
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -89,26 +94,38 @@ TARGETS = {
 MISSED = """\
 Where a target is missed:
 
-- *warp_insts_per_mma* divides by fewer mma: 3 products instead of 4 forward, 7 instead of 14 or
-  more backward; the instructions themselves are in the column warp_insts. Forward each score takes
+- *warp_insts_per_mma* divides by fewer mma: 3 products instead of 4 forward, 7 or 10 instead of
+  14 backward; the instructions themselves are in the column warp_insts. Forward each score takes
   two multiplications and a partial column sum beyond what two separate softmaxes take, and p
   reaches the second product through shared memory, transposed. Tried and kept: references of
   columns that stay, so that no tile reduces across warps; one reference for all columns; a bound
-  on u in place of the maximum of p; reciprocals of row sums.
+  on u in place of the maximum of p; reciprocals of row sums. Tried and dropped: one p for both
+  products with the rows of v scaled instead, which costs registers and spills in the loop.
+  Backward with both streams long: taller tiles, so that what is read of a column serves more rows
+  (kept); 16 warps in place of 8, which read columns twice as often; 128 x 64 in place of 128 x
+  32, which spills in the loop.
 - *global_bytes*, resident: where there are fewer heads than processors, several programs share a
   head's rows, and each writes its fp32 share of the column results, which is read once more. With
   a head a processor (batch-16) there are no shares. Tried and kept: no more programs than
-  processors; sums that read 16 bytes a lane from neighbouring lanes; exps of the streamed rows
-  computed in place of loaded.
-- *global_bytes* backward, tiny: 64 rows become two programs of 32, which share likewise; one
-  would move less and leave processors idle. Width 128 has no resident backward. Not worked on.
-- *global_bytes* backward, long: x's tiles walk y and y's tiles walk x, ten products instead of
-  seven. To share dS, the gradients of the streamed side would be summed over tiles in memory,
-  D + Dv fp32 numbers a token and tile, written and read: more than the second walk reads, unless
-  by atomics, whose order is not fixed.
-- *spills* forward with 128 tokens: s, e, partial column sums, o and acc of a 128 x 128 tile. Tried:
-  s anew where a tile needs it again (kept); 64 x 128 with 4 warps, which spills more; with 8 warps,
-  which computes products twice. Backward of long streams and of width 128: not worked on.
+  processors, and none of fewer than 128 rows; sums that read 16 bytes a lane from neighbouring
+  lanes; exps of the streamed rows computed in place of loaded.
+- *global_bytes*, long: with at least as many programs as processors (batch-8) a program owns 256
+  tokens of width 64 and the target is met; with fewer it owns 128, for idle processors would cost
+  more than the bytes. Heads of 256 tokens of width 128 are likewise few. Backward, x's tiles walk
+  y and y's tiles walk x, ten products instead of seven. Tried and dropped: one walk with seven
+  products, the gradients of the streamed side summed over tiles in memory. D + Dv fp32 numbers a
+  token and tile, written and read, are several times what the second walk reads, and their sums
+  take the instructions that the walk saves; atomics would save only the reading, and have no
+  fixed order. Tried and kept: 256 tokens a program; lse and its correction read only where one
+  exp will not do.
+- *tensor_flops* and *global_bytes* backward at width 256: the gradients of 64 tokens would fill
+  the registers of 4 warps, and on 32 tokens 8 warps compute s and dp twice. Tried: 64 x 16 with 4
+  warps, which spills throughout the loop; with 8, which computes more of it twice; 32 x 16 with
+  4, which spills and does so too.
+- *spills* without accesses in loops are addresses of the outputs, kept from where the inputs were
+  read. In loops: forward with 128 tokens, s, e, partial column sums, o and acc of a 128 x 128
+  tile. Tried: s anew where a tile needs it again (kept); 64 x 128 with 4 warps, which spills
+  more; with 8 warps, which computes products twice.
 """.splitlines()
 
 
@@ -137,9 +154,72 @@ def counts(profile: vgpu.Profile) -> dict[str, float]:
         "global_bytes": sectors * SECTOR,
         "registers": max(r.get("regs", 0) for r in profile.launches),
         "spill_bytes": sum(r.get("spill", 0) for r in profile.launches),
+        "loop_spills": sum(loop_spills(name) for name in set(profile.kernels())),
         "shared_bytes": max(r["smem"] + r["static_smem"] for r in profile.launches),
         "ctas_per_sm": min(r.get("ctas_per_sm", 0) for r in profile.launches),
     }
+
+
+def compiled() -> list:
+    """Our Triton kernels: (function, its compiled variants on this device)."""
+    device = torch.cuda.current_device()
+    modules = [m for name, m in sys.modules.items() if name.startswith("fusedmm.backends.triton")]
+    found = {
+        id(f): f for m in modules for f in vars(m).values() if isinstance(f, triton.JITFunction)
+    }
+    return [(f, f.device_caches[device][0]) for f in found.values()]
+
+
+def loop_spills(name: str) -> int:
+    """Instructions that access local memory inside a loop, in the machine code of our kernel
+    `name`: spills before the first loop and after the last are paid once a program."""
+    found = [k for f, cache in compiled() if f.__name__ == name for k in cache.values()]
+    return sum(_loop_spills(k.asm["cubin"].split(b"\nVGPU-PTX\n")[0]) for k in found)
+
+
+@functools.cache
+def _loop_spills(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(_LOCAL.search(line) is not None for block in _looping(code) for line in block)
+
+
+_LOCAL = re.compile(r"\s(LDL|STL)\b")
+_JUMP = re.compile(r"(@!?U?P\d+ )?\s*(BRA|EXIT|RET)\b(?:.*\((\.L_x_\d+)\))?")
+
+
+def _looping(code: str) -> list[list[str]]:
+    """The basic blocks of a disassembly that control can come back to."""
+    blocks: list[list[str]] = [[]]
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        label = re.match(r"(\.L_x_\d+):", line)
+        if label or (blocks[-1] and _JUMP.search(blocks[-1][-1])):
+            blocks.append([])
+        if label:
+            labels[label[1]] = len(blocks) - 1
+        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            blocks[-1].append(line)
+    follow = []
+    for at, block in enumerate(blocks):
+        jump = _JUMP.search(block[-1]) if block else None
+        goes_on = at + 1 < len(blocks) and (jump is None or jump[1] is not None)
+        target = labels.get(jump[3]) if jump else None
+        follow.append([at + 1] * goes_on + [target] * (target is not None))
+
+    def comes_back(start: int) -> bool:
+        seen, rest = set(), list(follow[start])
+        while rest:
+            at = rest.pop()
+            if at not in seen:
+                seen.add(at)
+                rest += follow[at]
+        return start in seen
+
+    return [block for at, block in enumerate(blocks) if comes_back(at)]
 
 
 def both_ways(attend: Callable) -> Callable:
@@ -203,6 +283,8 @@ def run(shape: Shape, kept: dict) -> dict:
     if any(n % 16 for n in sizes) or D > 128:
         del calls["plain"]  # it takes whole tiles only, and no wider ones
     result = {}
+    for _, cache in compiled():
+        cache.clear()  # what is in there afterwards is what this shape runs
     for name, call in ((n, c) for n, c in calls.items() if n not in kept):
         result[name] = dict(
             zip(("forward", "backward"), measure(call, inputs, upstream, want), strict=True)
@@ -267,6 +349,8 @@ def run_loss(shape: LossShape, kept: dict) -> dict:
     want = [loss.detach(), *torch.autograd.grad(loss, exact)]
     result = {}
     asked = problem.PairLossProblem(shape.op, 1, shape.M, shape.M, shape.D, torch.bfloat16, "cuda")
+    for _, cache in compiled():
+        cache.clear()
     calls = {
         name: lambda x, y, name=name: op(x, y, *extra, backend=name)
         for name in OURS
@@ -280,8 +364,8 @@ def run_loss(shape: LossShape, kept: dict) -> dict:
             leaves = [t.cuda().requires_grad_() for t in (x, y)]
             with vgpu.profile(resources=True) as p, FlopCounterMode(display=False) as flops:
                 loss = call(*leaves)
-                grads = torch.autograd.grad(loss, leaves)
-        compare([loss, *grads], want)
+                loss.backward()
+        compare([loss, *(t.grad for t in leaves)], want)
         result[name] = counts(p) | {"torch_flops": flops.get_total_flops()}
     return dataclasses.asdict(shape) | {"counts": result | kept}
 
@@ -301,6 +385,7 @@ def markdown(rows: list[dict], arch: int) -> str:
         "Executed PTX and ptxas figures, bf16; nothing here is a time. Ratio = ours / the better",
         "of two compiled FlexAttention calls and two calls of a plain Triton flash attention,",
         "count by count. Made by `benchmarks/gpu_counts.py`; its docstring has the command.",
+        "Spills: bytes a thread, and in brackets how many instructions inside loops access them.",
         "",
         "| shape | mode | ours | "
         + " | ".join(f"{k} (target)" for k in TARGETS)
@@ -360,7 +445,8 @@ def _ratio_line(row: dict, name: str, mode: str, i: int) -> str:
     rival = per_mma[name] / per_mma["triton"]
     cells.append(verdict(rival, CUDA_TARGET) if name == "cuda" else "")
     ours = counts[name]
-    cells += [f"{ours['spill_bytes']:.0f} B", f"{100 * ours['conflict_share']:.1f} %"]
+    cells.append(f"{ours['spill_bytes']:.0f} B ({ours['loop_spills']:.0f})")
+    cells.append(f"{100 * ours['conflict_share']:.1f} %")
     return f"| {row['name']} ({row['regime']}) | {mode} | {name} | " + " | ".join(cells) + " |"
 
 
@@ -391,7 +477,8 @@ def main() -> None:
             rows[shape.name] = (run_loss if shape in LOSSES else run)(shape, others)
             ordered = [rows[s.name] for s in (*SHAPES, *LOSSES) if s.name in rows]
             kept.write_text(json.dumps(ordered, indent=1) + "\n")
-            out.with_suffix(out.suffix + ".md").write_text(markdown(ordered, vgpu.arch()))
+    ordered = [rows[s.name] for s in (*SHAPES, *LOSSES) if s.name in rows]
+    out.with_suffix(out.suffix + ".md").write_text(markdown(ordered, vgpu.arch()))
 
 
 if __name__ == "__main__":
