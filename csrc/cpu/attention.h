@@ -24,33 +24,35 @@ inline void write_rows(void* out, DType dtype, const float* acc, int64_t row, in
   }
 }
 
-// Sums [N][Dv] of dv, then [N][D] of dk, then [N] of a bias that is one row, of one plane and
-// chunk; any may be absent.
+// Sums [held][Dv] of dv, then [held][D] of dk, then [held] of a bias that is one row, of one plane
+// and chunk; any may be absent. All N columns are held, or a block at a time.
 struct ColumnGrads {
   void *dk, *dv;
   float* db;
   DType dtype;
   int64_t N, D, Dv;
   float scale;
+  int64_t held;
 
   int64_t ld_k() const { return round_up(D, kLanes); }
   int64_t ld_v() const { return round_up(Dv, kLanes); }
-  int64_t size() const { return N * ((dk ? ld_k() : 0) + (dv ? ld_v() : 0) + (db ? 1 : 0)); }
-  float* at_v(float* acc, int64_t n) const { return acc + n * ld_v(); }
-  float* at_k(float* acc, int64_t n) const { return acc + (dv ? N * ld_v() : 0) + n * ld_k(); }
-
-  float* at_b(float* acc, int64_t n) const { return acc + size() - N + n; }
+  int64_t size() const { return held * ((dk ? ld_k() : 0) + (dv ? ld_v() : 0) + (db ? 1 : 0)); }
+  float* at_v(float* acc, int64_t n) const { return acc + n % held * ld_v(); }
+  float* at_k(float* acc, int64_t n) const {
+    return acc + (dv ? held * ld_v() : 0) + n % held * ld_k();
+  }
+  float* at_b(float* acc, int64_t n) const { return acc + size() - held + n % held; }
 
   // Zeroes what is only ever added to: the first product of a task sets dk and dv, if it has one.
   void clear(float* acc, bool all) const {
     if (all) std::fill(acc, acc + size(), 0.0f);
-    if (db) std::fill(at_b(acc, 0), at_b(acc, N), 0.0f);
+    if (db) std::fill(at_b(acc, 0), at_b(acc, 0) + held, 0.0f);
   }
 
   void write(float* acc, int64_t bh, int64_t n0, int64_t n1) const {
     write_rows(dv, dtype, at_v(acc, n0), bh * N + n0, n1 - n0, Dv, ld_v(), 1.0f);
     write_rows(dk, dtype, at_k(acc, n0), bh * N + n0, n1 - n0, D, ld_k(), scale);
-    if (db) std::copy(at_b(acc, n0), at_b(acc, n1), db + bh * N + n0);
+    if (db) std::copy(at_b(acc, n0), at_b(acc, n0) + (n1 - n0), db + bh * N + n0);
   }
 
   // Columns n0..n0 + kBlock of a plane: chunks 1.. are added to the first in order, then written.

@@ -386,7 +386,9 @@ class Backward : Tiles {
         g_(g),
         bias_{g.dbias, g.dbias_stride},
         group_{a.H, bias_.planes_b(a.B), std::max(heads_, bias_.planes_h(a.H))},
-        sums_{g.dqk_y, g.dv_y, nullptr, a.qk_x.dtype, a.N, a.D, a.Dv_y, a.scale} {
+        sums_{g.dqk_y,      g.dv_y,  nullptr,
+              a.qk_x.dtype, a.N,     a.D,
+              a.Dv_y,       a.scale, std::max<int64_t>(a.N, 1)} {
     width_ = round_up(a.D, kLanes);
     width_x_ = round_up(a.Dv_x, kLanes);
     width_y_ = round_up(a.Dv_y, kLanes);

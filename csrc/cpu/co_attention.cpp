@@ -67,6 +67,17 @@ class Side {
     ahead.add(s_.q, bh / a_.H, bh % a_.H, m0, n, s_.D);
     for (const Source& x : rows) ahead.add(x.t, bh / a_.H, bh % a_.H, m0, n, x.width);
   }
+  // The column tile at n0, to be packed.
+  void look_at_columns(Ahead& ahead, int64_t bh, int64_t n0) const {
+    const int64_t n = std::min<int64_t>(s_.N - n0, kBlock);
+    ahead.clear();
+    ahead.add(s_.k, bh / a_.H, bh % a_.H, n0, n, s_.D);
+    ahead.add(s_.v, bh / a_.H, bh % a_.H, n0, n, s_.Dv);
+  }
+  // Whether what is read next from memory is a block of rows, at the column tile at n0.
+  bool next_is_rows(int64_t n0, bool columns_stay) const {
+    return columns_stay ? n0 == 0 : n0 + kBlock >= s_.N;
+  }
 
   const CoAttention& a_;
   const AttentionSide& s_;
@@ -132,8 +143,12 @@ class Forward : Side {
       std::fill(w.reference, w.reference + rows, -kInf);
       std::fill(w.sum, w.sum + rows, 0.0f);
       if (s_.N == 0) std::fill(w.o, w.o + rows * width_v_, 0.0f);  // else by the first columns
-      look_ahead(w.ahead, bh, m0 + super_, {});
       for (int64_t n0 = 0; n0 < s_.N; n0 += kBlock) {
+        if (next_is_rows(n0, stay_)) {
+          look_ahead(w.ahead, bh, m0 + super_, {});
+        } else if (!stay_) {
+          look_at_columns(w.ahead, bh, n0 + kBlock);
+        }
         const int64_t slot = stay_ ? n0 / kBlock : 0;
         U *kt = w.kt + slot * kt_, *v = w.v + slot * v_;
         t.n0 = n0;
@@ -211,9 +226,13 @@ class Backward : Side {
         bias_{g_.dbias, g_.dbias_stride},
         group_{a.H, bias_.planes_b(a.B), bias_.planes_h(a.H)} {
     want_ds_ = g_.dq || g_.dk || g_.dbias;
-    sums_ = {g_.dk, g_.dv, nullptr, s_.q.dtype, s_.N, s_.D, s_.Dv, s_.scale};
+    whole_ = s_.M > 0 && s_.M <= 4 * kBlock;
+    const int64_t held = std::max<int64_t>(whole_ ? std::min<int64_t>(s_.N, kBlock) : s_.N, 1);
+    sums_ = {g_.dk, g_.dv, nullptr, s_.q.dtype, s_.N, s_.D, s_.Dv, s_.scale, held};
     deal_ = chunk_rows(planes_, s_.M, sums_.size() * 4);
-    if (bias_.rows_shared()) deal_ = {1, round_up(std::max<int64_t>(s_.M, 1), kBlock)};
+    if (whole_ || bias_.rows_shared()) {
+      deal_ = {1, round_up(std::max<int64_t>(s_.M, 1), kBlock)};
+    }
     kt_ = bt_units<U>(kBlock, s_.D);
     vt_ = want_ds_ ? bt_units<U>(kBlock, s_.Dv) : 0;
     k_ = !g_.dq || is_b_operand<U>(s_.k, s_.D, s_.mask) ? 0 : b_units<U>(kBlock, s_.D);
@@ -221,9 +240,11 @@ class Backward : Side {
     do_ = !want_ds_ || is_a_operand<U>(g_.d_o, s_.Dv) ? 0 : a_units<U>(kBlock, s_.Dv);
     qb_ = !g_.dk || is_b_operand<U>(s_.q, s_.D) ? 0 : b_units<U>(kBlock, s_.D);
     dob_ = !g_.dv || is_b_operand<U>(g_.d_o, s_.Dv) ? 0 : b_units<U>(kBlock, s_.Dv);
-    stay_ = tiles_ * (kt_ + vt_ + k_) * 4 <= kKeepBytes;
+    stay_ = !whole_ && tiles_ * (kt_ + vt_ + k_) * 4 <= kKeepBytes;
     const int64_t packed = 2 * units<U>(s_.D) + 2 * units<U>(s_.Dv);
-    super_ = super_rows(4 * (tiles_ * (kt_ + vt_ + k_) + sums_.size()), 4 * (packed + width_));
+    super_ =
+        whole_ ? deal_.chunk_rows
+               : super_rows(4 * (tiles_ * (kt_ + vt_ + k_) + sums_.size()), 4 * (packed + width_));
   }
 
   int64_t tasks() const { return planes_ / group_.size() * deal_.chunks; }
@@ -244,7 +265,7 @@ class Backward : Side {
         const int64_t bh = group_.plane(group, k);
         float* acc = own ? own : partial + (bh * deal_.chunks + chunk) * sums_.size();
         task(w, bh, chunk, acc);
-        if (own) sums_.write(acc, bh, 0, s_.N);
+        if (own && !whole_) sums_.write(acc, bh, 0, s_.N);
       }
     }
   }
@@ -316,8 +337,12 @@ class Backward : Side {
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
       const int64_t rows = std::min(super_, end - m0);
       pack_rows(w, t, m0, rows);
-      look_ahead(w.ahead, bh, m0 + super_, {{g_.d_o, s_.Dv}, {g_.o, s_.Dv}});
       for (int64_t n0 = 0; n0 < s_.N; n0 += kBlock) {
+        if (next_is_rows(n0, stay_)) {
+          look_ahead(w.ahead, bh, m0 + super_, {{g_.d_o, s_.Dv}, {g_.o, s_.Dv}});
+        } else if (!stay_) {
+          look_at_columns(w.ahead, bh, n0 + kBlock);
+        }
         U* column = w.column + (stay_ ? n0 / kBlock : 0) * (kt_ + vt_ + k_);
         t.n0 = n0;
         t.cols = static_cast<int>(std::min<int64_t>(kBlock, s_.N - n0));
@@ -334,6 +359,7 @@ class Backward : Side {
           t.rows = static_cast<int>(std::min<int64_t>(kBlock, rows - r));
           tile(w, t, r, column, acc, t.m0 == begin);
         }
+        if (whole_) sums_.write(acc, bh, n0, n0 + t.cols);
       }
       write_rows(g_.dq, s_.q.dtype, w.dq, bh * s_.M + m0, rows, s_.D, width_, s_.scale);
     }
@@ -416,6 +442,7 @@ class Backward : Side {
   Chunks deal_;
   int64_t q_, do_, qb_, dob_, kt_, vt_, k_;  // units packed a block; 0: not needed, or not packed
   int64_t super_;
+  bool whole_;  // all rows meet a column tile at once, so that its sums are done with
   bool stay_, want_ds_;
 };
 
