@@ -72,3 +72,35 @@ def test_packed_rows_do_not_outlive_the_call():
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
     )  # fmt: skip
     assert int(done.stdout) < 24 << 20, f"{int(done.stdout) / 2**20:.0f} MiB stay"
+
+
+WORKSPACE = """
+import sys, torch, fusedmm
+sys.path.append(sys.argv[1])
+import memory_probe
+torch.set_num_threads(2)
+def step(M, N, D):
+    x, y = [torch.randn(3, 1, 4, n, D).unbind() for n in (M, N)]
+    tensors = [t.requires_grad_() for t in (*x, *y)]
+    upstream = torch.ones_like(x[0]), torch.ones_like(y[0])
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    before = memory_probe.resident("VmRSS")
+    o = fusedmm.co_attention(*tensors, backend="cpu")
+    grads = torch.autograd.grad(o, tensors, upstream)
+    grown = memory_probe.resident("VmHWM") - before
+    return grown - sum(t.untyped_storage().nbytes() for t in (*o, *grads))
+step(64, 64, 64)
+print(step(256, 4000, 256))
+"""
+
+
+@pytest.mark.skipif(not built, reason="extension not built")
+def test_workspace_of_few_queries_and_many_keys():
+    """A few MiB a thread. Sums of all keys' gradients, for every chunk of queries, once took 80."""
+    done = subprocess.run(
+        [sys.executable, "-c", WORKSPACE, str(PROBE.parent)],
+        capture_output=True, text=True, check=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
+    )  # fmt: skip
+    assert int(done.stdout) < 32 << 20, f"{int(done.stdout) / 2**20:.0f} MiB"

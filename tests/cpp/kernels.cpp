@@ -154,6 +154,51 @@ void bi_attention(int64_t M, int64_t N, int64_t D, int64_t Dx, int64_t Dy, DType
   ops::co_attention_bwd(c, cg, two_threads);
 }
 
+// bi_attention of one stream with all heads, whose outputs and gradients at x are summed.
+void fusion_attention(int64_t M, int64_t N, int64_t D, int64_t Dv, DType dtype, bool rich) {
+  const int64_t H = 3;
+  Data x(1, 1, M, D, dtype), k(1, H, N, D, dtype), v(1, H, N, Dv, dtype);
+  Data bias(1, H, 1, N, dtype), d_o(1, 1, M, Dv, dtype), dz(1, H, N, D, dtype);
+  x.view.stride[1] = d_o.view.stride[1] = 0;
+  const auto keep_x = random_mask(M, rich), keep_y = random_mask(N, rich);
+  std::vector<char> o(M * Dv * ops::size_of(dtype)), z(k.bytes.size());
+  std::vector<double> lx(H * M), ly(H * N);
+  fmm::BiAttention a{};
+  a.B = 1, a.H = H, a.M = M, a.N = N, a.D = a.Dv_x = D, a.Dv_y = Dv;
+  a.qk_x = a.v_x = x.view, a.qk_y = k.view, a.v_y = v.view;
+  a.scale = 1.0f / std::sqrt(static_cast<float>(D)), a.clamp = INFINITY, a.sum_heads = true;
+  a.mask_x = {reinterpret_cast<const bool*>(keep_x.data()), {M, 1}};
+  a.mask_y = {reinterpret_cast<const bool*>(keep_y.data()), {N, 1}};
+  a.o_x = o.data(), a.o_y = z.data(), a.lse_x = lx.data(), a.lse_y = ly.data();
+  ops::bi_attention_fwd(a, two_threads);
+  std::vector<double> want_o(M * Dv), want_z(H * N * D), head(M * Dv);
+  for (int64_t h = 0; h < H; ++h) {
+    const double *q = x.value.data(), *kh = &k.value[h * N * D];
+    naive(q, kh, &v.value[h * N * Dv], keep_y, M, N, D, Dv, a.scale, head.data());
+    naive(kh, q, q, keep_x, N, M, D, D, a.scale, &want_z[h * N * D]);
+    for (int64_t i = 0; i < M * Dv; ++i) want_o[i] += head[i];
+  }
+  expect_close("fusion o", o, dtype, want_o);
+  expect_close("fusion z", z, dtype, want_z);
+  if (rich) {
+    a.bias = bias.view, a.bias.stride[2] = 0;
+    a.dropout = {true, 7, 1u << 29, 8.0f / 7.0f};
+  }
+  a.scale = 1.0f;  // as the backward asks
+  ops::bi_attention_fwd(a, two_threads);
+  std::vector<char> dx(x.bytes.size()), dk(k.bytes.size()), dv(v.bytes.size());
+  std::vector<float> dbias(H * N), zx(H * M), zy(H * N);
+  fmm::BiAttentionGrad g{};
+  g.do_x = d_o.view, g.do_y = dz.view, g.o_y = dz.view, g.o_y.data = z.data();
+  g.lse_x = lx.data(), g.lse_y = ly.data(), g.dlse_x = zx.data(), g.dlse_y = zy.data();
+  g.dqk_x = g.dv_x = dx.data(), g.dqk_y = dk.data(), g.dv_y = dv.data();
+  if (rich) {
+    g.dbias = dbias.data();
+    g.dbias_stride[0] = H * N, g.dbias_stride[1] = N, g.dbias_stride[3] = 1;
+  }
+  ops::bi_attention_bwd(a, g, two_threads);
+}
+
 void losses(int64_t G, int64_t M, int64_t N, int64_t D, DType dtype, bool rich) {
   Data x(G, 1, M, D, dtype), y(G, 1, N, D, dtype);
   std::vector<int64_t> positives(M), ids_x(G * M), ids_y(G * N);
@@ -202,8 +247,10 @@ int main() {
                                      {5, 7, 3, 2, 9},
                                      {200, 97, 33, 20, 47},
                                      {31, 290, 64, 16, 80},
+                                     {130, 21, 64, 64, 64},
                                      {100, 36, 256, 200, 130}}) {
         bi_attention(M, N, D, Dx, Dy, dtype, rich);
+        fusion_attention(M, N, D, Dy, dtype, rich);
         ++cases;
       }
       for (auto [G, M, N, D] : {std::array<int64_t, 4>{1, 1, 1, 1},
