@@ -211,29 +211,42 @@ class Backward {
  private:
   template <bool kOneExp, class P>
   void gradients(PairTile& t, Scratch& w, int64_t m, const P& out) {
-    for (int i = 0; i < t.rows; ++i) {
-      const Vec scale = splat(t.scale[i]);
-      const Vec lse = splat(w.row_lse[i]), low = splat(w.row_low[i]);
-      const Vec carry = splat(kOneExp ? w.transfer.row[i] : 0.0f);
-      const double row_weight = x_.weight[m + i];
-      const Vec weight = splat(static_cast<float>(row_weight));
-      const Vec uniform = splat(static_cast<float>(row_weight * x_.uniform[m + i]));
-      Vec total{};
-      for (int v = 0; v < t.nv; ++v) {
-        const int at = v * kLanes;
-        const Vec dots = load(t.dots + i * kBlock + at), s = rounded(dots * scale);
-        const Vec p = exp2((s - lse - low) * kLog2E);
-        const Vec less = s - load(w.column_lse + at) - load(w.column_low + at);
-        const Vec q = kOneExp ? p * (carry * load(w.transfer.column + at)) : exp2(less * kLog2E);
-        Vec ds =
-            p * weight - uniform + q * load(w.column_weight + at) - load(w.column_uniform + at);
-        if (t.matches) ds *= load(w.live + i * kBlock + at);
-        total += ds * dots;
-        ds = select(t.mask.columns(v), ds * scale, Vec{});
-        out.put_rm(i, v, ds);
-        if (P::kTwo) out.put_tr(i, v, ds);
+    // Copies: after a store the compiler would load them again.
+    const float *all_dots = t.dots, *live = t.matches ? w.live : nullptr;
+    const P to = out;
+    const int rows = t.rows, nv = t.nv;
+    for (int i = 0; i < rows; i += 2) {
+      const int count = std::min(2, rows - i);
+      Vec scale[2], lse[2], low[2], carry[2], weight[2], uniform[2], total[2] = {};
+      for (int k = 0; k < 2; ++k) {
+        const int row = i + (k < count ? k : 0);
+        const double row_weight = x_.weight[m + row];
+        scale[k] = splat(t.scale[row]);
+        lse[k] = splat(w.row_lse[row]), low[k] = splat(w.row_low[row]);
+        carry[k] = splat(kOneExp ? w.transfer.row[row] : 0.0f);
+        weight[k] = splat(static_cast<float>(row_weight));
+        uniform[k] = splat(static_cast<float>(row_weight * x_.uniform[m + row]));
       }
-      if (dscale_) dscale_[m + i] += sum(total);
+      for (int v = 0; v < nv; ++v) {
+        const int at = v * kLanes;
+        Vec ds[2];
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+          const int here = (i + k) * kBlock + at;
+          const Vec dots = load(all_dots + here), s = rounded(dots * scale[k]);
+          const Vec p = exp2((s - lse[k] - low[k]) * kLog2E);
+          const Vec less = s - load(w.column_lse + at) - load(w.column_low + at);
+          const Vec q =
+              kOneExp ? p * (carry[k] * load(w.transfer.column + at)) : exp2(less * kLog2E);
+          ds[k] = p * weight[k] - uniform[k] + q * load(w.column_weight + at) -
+                  load(w.column_uniform + at);
+          if (live) ds[k] *= load(live + here);
+          total[k] += ds[k] * dots;
+          ds[k] = select(t.mask.columns(v), ds[k] * scale[k], Vec{});
+        }
+        to.template put<true, P::kTwo>(i, v, ds[0], count < 2 ? Vec{} : ds[1]);
+      }
+      for (int k = 0; k < count && dscale_; ++k) dscale_[m + i + k] += sum(total[k]);
     }
   }
 

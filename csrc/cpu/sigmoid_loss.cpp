@@ -93,20 +93,33 @@ class Backward {
       std::fill(w.live, w.live + kBlock * kBlock, 1.0f);
       for (int k = 0; k < t.matches; ++k) w.live[t.match[k].i * kBlock + t.match[k].j] = 0.0f;
     }
-    for (int i = 0; i < t.rows; ++i) {
-      const Vec scale = splat(t.scale[i]), weight = splat(g_.dloss[m + i]);
-      Vec along{}, total{};
-      for (int v = 0; v < t.nv; ++v) {
-        const int at = i * kBlock + v * kLanes;
-        const Vec dots = load(t.dots + at);
-        Vec ds = weight * sigmoid(dots * scale + g_.bias);
-        if (t.matches) ds *= load(w.live + at);
-        ds = select(t.mask.columns(v), ds, Vec{});
-        along += ds * dots;
-        total += ds;
-        put(out, i, v, ds * scale);
+    // Copies: after a store the compiler would load them again.
+    const float *all_dots = t.dots, *live = t.matches ? w.live : nullptr;
+    const P to = out;
+    const int rows = t.rows, nv = t.nv;
+    for (int i = 0; i < rows; i += 2) {
+      const int count = std::min(2, rows - i);
+      Vec scale[2], weight[2], along[2] = {}, total[2] = {};
+      for (int k = 0; k < 2; ++k) {
+        const int row = i + (k < count ? k : 0);
+        scale[k] = splat(t.scale[row]), weight[k] = splat(g_.dloss[m + row]);
       }
-      add(m + i, sum(along), sum(total));
+      for (int v = 0; v < nv; ++v) {
+        Vec ds[2];
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+          const int here = (i + k) * kBlock + v * kLanes;
+          const Vec dots = load(all_dots + here);
+          ds[k] = weight[k] * sigmoid(dots * scale[k] + g_.bias);
+          if (live) ds[k] *= load(live + here);
+          ds[k] = select(t.mask.columns(v), ds[k], Vec{});
+          along[k] += ds[k] * dots;
+          total[k] += ds[k];
+          ds[k] *= scale[k];
+        }
+        to.template put<true, P::kTwo>(i, v, ds[0], count < 2 ? Vec{} : ds[1]);
+      }
+      for (int k = 0; k < count; ++k) add(m + i + k, sum(along[k]), sum(total[k]));
     }
     for (int k = 0; k < t.matches; ++k) {
       const Match& at = t.match[k];
@@ -118,12 +131,6 @@ class Backward {
   }
 
  private:
-  template <class P>
-  FMM_INLINE static void put(const P& out, int i, int v, Vec ds) {
-    out.put_rm(i, v, ds);
-    if (P::kTwo) out.put_tr(i, v, ds);
-  }
-
   void add(int64_t row, float along, float total) {
     if (g_.dscale) g_.dscale[row] += along;
     if (g_.dbias) g_.dbias[row] += total;
