@@ -17,7 +17,10 @@ import subprocess
 from pathlib import Path
 
 OPCODES = ("HMMA", "LDSM", "LDGSTS", "LDL", "STL")  # the last two: local memory
-_PLAIN = {"6__half": "fp16,", "13__nv_bfloat16": "bf16,", "fL": "fp32,L"}  # of mangled names
+_PLAIN = {  # of mangled names
+    "NS0_11ContrastiveE": "contrastive,", "NS0_7SigmoidE": "sigmoid,", "6__half": "fp16,",
+    "13__nv_bfloat16": "bf16,", "fL": "fp32,L",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def test_geometry_fits_the_devices():
     kernels = _C.kernels()
     assert {k["kernel"] for k in kernels} == {
         "attend_fwd_kernel", "owner_bwd_kernel", "dbias_kernel", "resident_fwd_kernel",
-        "resident_bwd_kernel",
+        "resident_bwd_kernel", "fused_fwd_kernel", "fused_bwd_kernel",
     }  # fmt: skip
     for k in kernels:
         resident = k["kernel"].startswith("resident")

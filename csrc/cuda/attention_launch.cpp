@@ -4,23 +4,14 @@
 #include <limits>
 
 #include "../common/launch.h"
-#include "../common/torch_params.h"
 #include "../ops.h"
 #include "attention_kernels.h"
+#include "strided.h"
 
 namespace fmm::cuda {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
-
-Strided strided(const at::Tensor& t) {
-  Strided r;
-  static_cast<Tensor4&>(r) = tensor4(t);
-  const int64_t size = t.element_size();
-  r.vectors = r.stride[3] == 1 && reinterpret_cast<uintptr_t>(r.data) % 16 == 0;
-  for (int d = 0; d < 3; ++d) r.vectors = r.vectors && r.stride[d] * size % 16 == 0;
-  return r;
-}
 
 // Queries `q` of a look at keys and values of b.
 Pair make_pair(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptTensor& mask,

@@ -6,6 +6,7 @@
 
 #include "../ops.h"
 #include "attention_kernels.h"
+#include "pair_loss.h"
 
 #define FMM_IMPL(name) m.impl(#name, &fmm::cuda::name)
 
@@ -32,6 +33,9 @@ std::vector<pybind11::dict> kernels() {
       {DType::kHalf, "6__half"}, {DType::kBFloat16, "13__nv_bfloat16"}, {DType::kFloat, "f"}};
   const std::pair<Softmax, const char*> softmaxes[] = {
       {Softmax::kRow, "Lb1ELb0E"}, {Softmax::kColumn, "Lb0ELb1E"}, {Softmax::kBoth, "Lb1ELb1E"}};
+  const std::pair<std::string, fmm::cuda::PairKernels (*)(DType, int)> losses[] = {
+      {"NS0_11ContrastiveE", fmm::cuda::contrastive_kernels},
+      {"NS0_7SigmoidE", fmm::cuda::sigmoid_kernels}};
   std::vector<pybind11::dict> all;
   const auto add = [&](const char* name, const std::string& arguments, const Kernel& k) {
     if (k.function == nullptr) return;
@@ -56,6 +60,11 @@ std::vector<pybind11::dict> kernels() {
         before = k.cols;
       }
       add("resident_bwd_kernel", tail, fmm::cuda::resident_bwd(dtype, width, 1));
+      for (const auto& [loss, of] : losses) {
+        const fmm::cuda::PairKernels k = of(dtype, width);
+        add("fused_fwd_kernel", loss + tail, k.fused_fwd);
+        add("fused_bwd_kernel", loss + tail, k.fused_bwd);
+      }
     }
   }
   return all;

@@ -1,147 +1,317 @@
-// contrastive_loss on a chunk of products: statistics of each tile's rows and columns, which merge
-// in order, and w = scale * ds / peak for the two products of the backward. Positives stay apart
-// from negatives throughout. No atomics.
-#include "pair_tile.cuh"
+// contrastive_loss: a block reduces tiles of s to partial statistics of rows and of columns, which
+// merge in order; the backward turns tiles into scale * ds. Positives stay apart from negatives
+// throughout. No atomics.
+#include "pair_kernels.cuh"
 
 namespace fmm::cuda {
+
+// Exponents are base 2 and start from fl(top * log2(e)), the same in every use.
+__device__ inline float exp_of(float s, float top2) { return exp2_fast(fmaf(s, kLog2e, -top2)); }
+
+struct Contrastive {
+  static constexpr int kSums = 1;  // of ds * dots
+
+  template <typename S>
+  class Forward {
+   public:
+    static constexpr int kMT = S::kMT, kNT = S::kNT;
+
+    // Of a row: its positives as in PartStat, entries outside the denominator, and ScoreRows.
+    // clang-format off
+    enum RowStat {
+      kRowPosTop, kRowPosSum, kRowSumPos, kRowCountPos, kRowOut, kRowScale, kRowMate, kRowStats
+    };
+    // clang-format on
+
+    struct Room {
+      float top[S::kWarps][S::kCols];  // of a warp's columns, finite
+      float columns[kPartStats][S::kWarps][S::kCols];
+      float rows[kRowStats][S::kRows];  // what few tiles add to
+      int positives[S::kWarps];         // whether a warp has any in the tile
+    };
+
+    __device__ Forward(const PairForward& p, const BlockAt<S>& block, Room& room)
+        : p_(p), block_(block), room_(room) {
+      const ScoreRows<kMT> known(p.scores, block.lane(0));
+#pragma unroll
+      for (int k = 0; k < 2 * kMT; ++k) {
+        const int m = k / 2, h = k % 2;
+        top_[m][h] = -kInf, sum_[m][h] = total_[m][h] = 0.0f;
+        if (threadIdx.x % 4 != 0) continue;
+        for (int i = 0; i < kRowStats; ++i) {
+          room.rows[i][local(m, h)] = i == kRowPosTop ? -kInf : 0.0f;
+        }
+        room.rows[kRowScale][local(m, h)] = known.scale[m][h];
+        room.rows[kRowMate][local(m, h)] = __int_as_float(known.mate[m][h]);
+      }
+    }
+
+    // Products in, nothing of use left. The block's threads have passed a barrier since the tile
+    // before.
+    __device__ void tile(float (&s)[kMT][kNT][4], int n0) {
+      ScoreRows<kMT> known;
+#pragma unroll
+      for (int k = 0; k < 2 * kMT; ++k) {
+        const int m = k / 2, h = k % 2;
+        known.scale[m][h] = room_.rows[kRowScale][local(m, h)];
+        known.mate[m][h] = __float_as_int(room_.rows[kRowMate][local(m, h)]);
+      }
+#pragma unroll
+      for (int i = 0; i < kMT * kNT * 4; ++i) {
+        s[i / (kNT * 4)][i / 4 % kNT][i % 4] *= known.scale[i / (kNT * 4)][i % 4 / 2];
+      }
+      PairBits<kMT> pos, out;
+      if (find_matches<kMT, kNT>(pos, out, p_.scores, known, block_.lane(n0))) {
+        reduce<true>(s, pos, out);
+      } else {
+        reduce<false>(s, pos, out);
+      }
+      if (!p_.part_y) return;
+      __syncthreads();  // orders the warps' shares before their merging
+      merge_warps(n0);
+    }
+
+    __device__ void finish() {
+      if (!p_.part_x) return;
+      const LaneAt at = block_.lane(0);
+#pragma unroll
+      for (int k = 0; k < 2 * kMT; ++k) {
+        const int m = k / 2, h = k % 2, row = at.row_of(m, 2 * h);
+        const float top = quad_max(top_[m][h]);
+        const float sum = quad_sum(sum_[m][h] * exp2_fast(top_[m][h] - finite_or(top, 0.0f)));
+        const float total = quad_sum(total_[m][h]);
+        if (threadIdx.x % 4 != 0 || row >= p_.scores.M) continue;
+        const auto to = [&](int stat) -> float& {
+          return *part(p_.part_x, block_.part, stat, p_.scores.M, row);
+        };
+        const auto own = [&](RowStat stat) { return room_.rows[stat][local(m, h)]; };
+        to(kNegTop) = top, to(kNegSum) = sum, to(kTotal) = total;
+        to(kCount) = static_cast<float>((block_.end - block_.begin) * S::kCols) - own(kRowOut);
+        to(kPosTop) = own(kRowPosTop), to(kPosSum) = own(kRowPosSum);
+        to(kSumPos) = own(kRowSumPos), to(kCountPos) = own(kRowCountPos);
+      }
+    }
+
+   private:
+    static __device__ int warp() { return threadIdx.x / 32; }
+    static __device__ int local(int m, int h) {
+      return warp() * 16 * kMT + threadIdx.x % 32 / 4 + 16 * m + 8 * h;
+    }
+    __device__ float* part(float* base, int64_t at, int stat, int64_t L, int64_t i) const {
+      return base + ((at * kPartStats + stat) * p_.scores.G + block_.g) * L + i;
+    }
+    __device__ float* columns(int stat) { return room_.columns[stat][warp()]; }
+
+    template <bool kMarked>
+    __device__ void reduce(float (&s)[kMT][kNT][4], const PairBits<kMT>& pos,
+                           const PairBits<kMT>& out) {
+      const auto value = [&](int m, int n, int i) {
+        return kMarked && out.has(m, n, i) ? 0.0f : s[m][n][i];
+      };
+#pragma unroll
+      for (int k = 0; k < 2 * kMT; ++k) {
+        total_[k / 2][k % 2] += fold_row<kNT>(k / 2, k % 2, Add(), value);
+      }
+      if (p_.part_y) {
+        fold_columns<kMT, kNT>(columns(kTotal), Add(), value);
+        if constexpr (kMarked) {
+          fold_columns<kMT, kNT>(columns(kCount), Add(), [&](int m, int n, int i) {
+            return out.has(m, n, i) ? 0.0f : 1.0f;
+          });
+        } else {
+          *reinterpret_cast<float2*>(columns(kCount) + threadIdx.x % 32 * 2) =
+              make_float2(16.0f * kMT, 16.0f * kMT);
+        }
+      }
+      bool any = false;
+      if constexpr (kMarked) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int m = 0; m < kMT; ++m) bits |= pos.word[m];
+        any = __any_sync(~0u, bits != 0);
+        if (any) positives(s, pos);
+#pragma unroll
+        for (int k = 0; k < 2 * kMT; ++k) {
+          const uint32_t half = 0x33333333u << k % 2 * 2;
+          const float outside = quad_sum(__popc(out.word[k / 2] & half));
+          if (threadIdx.x % 4 == 0) room_.rows[kRowOut][local(k / 2, k % 2)] += outside;
+        }
+#pragma unroll
+        for (int i = 0; i < kMT * kNT * 4; ++i) {
+          const int m = i / (kNT * 4), n = i / 4 % kNT;
+          if (pos.has(m, n, i % 4) || out.has(m, n, i % 4)) s[m][n][i % 4] = -kInf;
+        }
+      }
+      if (threadIdx.x % 32 == 0) room_.positives[warp()] = any;
+      const auto self = [&](int m, int n, int i) { return s[m][n][i]; };
+      if (p_.part_x) {
+#pragma unroll
+        for (int k = 0; k < 2 * kMT; ++k) {
+          const int m = k / 2, h = k % 2;
+          const float top = fmaxf(fold_row<kNT>(m, h, Most(), self) * kLog2e, top_[m][h]);
+          const float safe = finite_or(top, 0.0f);
+          const float sum = fold_row<kNT>(
+              m, h, Add(), [&](int m, int n, int i) { return exp_of(s[m][n][i], safe); });
+          sum_[m][h] = sum_[m][h] * exp2_fast(top_[m][h] - safe) + sum;
+          top_[m][h] = top;
+        }
+      }
+      if (p_.part_y) columns_lse(kNegTop, s, [](int, int, int) { return true; });
+    }
+
+    // Maximum and sum of exponentials of a warp's columns where in(m, n, i).
+    template <typename In>
+    __device__ void columns_lse(int stat, const float (&s)[kMT][kNT][4], const In& in) {
+      const int lane = threadIdx.x % 32;
+      fold_columns<kMT, kNT>(columns(stat), Most(),
+                             [&](int m, int n, int i) { return in(m, n, i) ? s[m][n][i] : -kInf; });
+      // A lane's own columns: no other lane reads or writes them before the barrier below.
+      float2& top = *reinterpret_cast<float2*>(columns(stat) + 2 * lane);
+      top = make_float2(top.x * kLog2e, top.y * kLog2e);
+      *reinterpret_cast<float2*>(&room_.top[warp()][2 * lane]) =
+          make_float2(finite_or(top.x, 0.0f), finite_or(top.y, 0.0f));
+      __syncwarp();  // orders the maxima before their reads
+      const float* refs = &room_.top[warp()][lane % 4 * 2];
+      fold_columns<kMT, kNT>(columns(stat + 1), Add(), [&](int m, int n, int i) {
+        return in(m, n, i) ? exp_of(s[m][n][i], refs[8 * n + i % 2]) : 0.0f;
+      });
+      __syncwarp();  // orders the reads of the maxima before their overwriting
+    }
+
+    // A warp's positives: into the rows' own, and the columns' statistics of the tile.
+    __device__ void positives(const float (&s)[kMT][kNT][4], const PairBits<kMT>& pos) {
+      const auto in = [&](int m, int n, int i) { return pos.has(m, n, i); };
+      const auto value = [&](int m, int n, int i) { return in(m, n, i) ? s[m][n][i] : 0.0f; };
+      const auto one = [&](int m, int n, int i) { return in(m, n, i) ? 1.0f : 0.0f; };
+#pragma unroll
+      for (int k = 0; k < 2 * kMT; ++k) {
+        const int m = k / 2, h = k % 2, at = local(m, h);
+        const float most = quad_max(fold_row<kNT>(
+            m, h, Most(), [&](int m, int n, int i) { return in(m, n, i) ? s[m][n][i] : -kInf; }));
+        float& old = room_.rows[kRowPosTop][at];
+        const float top =
+            fmaxf(__shfl_sync(~0u, threadIdx.x % 4 == 0 ? old : 0.0f, 0, 4), most * kLog2e);
+        const float safe = finite_or(top, 0.0f);
+        const float sum = quad_sum(fold_row<kNT>(m, h, Add(), [&](int m, int n, int i) {
+          return in(m, n, i) ? exp_of(s[m][n][i], safe) : 0.0f;
+        }));
+        const float total = quad_sum(fold_row<kNT>(m, h, Add(), value));
+        const float count = quad_sum(fold_row<kNT>(m, h, Add(), one));
+        if (threadIdx.x % 4 == 0) {
+          float& shares = room_.rows[kRowPosSum][at];
+          shares = shares * exp2_fast(old - safe) + sum, old = top;
+          room_.rows[kRowSumPos][at] += total, room_.rows[kRowCountPos][at] += count;
+        }
+      }
+      if (!p_.part_y) return;
+      columns_lse(kPosTop, s, in);
+      fold_columns<kMT, kNT>(columns(kSumPos), Add(), value);
+      fold_columns<kMT, kNT>(columns(kCountPos), Add(), one);
+    }
+
+    // Joins the warps' statistics of a column, a thread each.
+    __device__ void merge_warps(int n0) {
+      const int c = threadIdx.x, col = n0 + c;
+      if (c >= S::kCols || col >= p_.scores.N) return;
+      float r[kPartStats] = {-kInf, 0.0f, -kInf, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int w = 0; w < S::kWarps; ++w) {
+        join(r[kNegTop], r[kNegSum], kNegTop, w, c);
+        r[kTotal] += room_.columns[kTotal][w][c], r[kCount] += room_.columns[kCount][w][c];
+        if (!room_.positives[w]) continue;
+        join(r[kPosTop], r[kPosSum], kPosTop, w, c);
+        r[kSumPos] += room_.columns[kSumPos][w][c];
+        r[kCountPos] += room_.columns[kCountPos][w][c];
+      }
+#pragma unroll
+      for (int k = 0; k < kPartStats; ++k) {
+        *part(p_.part_y, block_.tile_m, k, p_.scores.N, col) = r[k];
+      }
+    }
+    __device__ void join(float& top, float& sum, int stat, int w, int c) const {
+      const float other = room_.columns[stat][w][c], most = fmaxf(top, other);
+      const float safe = finite_or(most, 0.0f);
+      sum = sum * exp2_fast(top - safe) + room_.columns[stat + 1][w][c] * exp2_fast(other - safe);
+      top = most;
+    }
+
+    const PairForward& p_;
+    const BlockAt<S>& block_;
+    Room& room_;
+    float top_[kMT][2], sum_[kMT][2], total_[kMT][2], count_[kMT][2];  // a lane's shares
+  };
+
+  struct Known {
+    float hi, lo, weight, shift, scale;
+
+    Known() = default;
+    template <int kRows>
+    static __device__ void two(Known (&k)[2], FactTile<kRows> t, int row) {
+      t.two(kLseHi, row, k[0].hi, k[1].hi), t.two(kLseLo, row, k[0].lo, k[1].lo);
+      t.two(kWeight, row, k[0].weight, k[1].weight), t.two(kShift, row, k[0].shift, k[1].shift);
+      t.two(kScale, row, k[0].scale, k[1].scale);
+    }
+    template <int kRows>
+    __device__ Known(FactTile<kRows> t, int row)
+        : hi(t.at(kLseHi, row)),
+          lo(t.at(kLseLo, row)),
+          weight(t.at(kWeight, row)),
+          shift(t.at(kShift, row)),
+          scale(t.at(kScale, row)) {}
+    // Without weight 0 even where s is NaN.
+    __device__ float p(float s) const {
+      return weight == 0.0f ? 0.0f : exp2_fast(fmaf(s, kLog2e, -hi) - lo);
+    }
+    __device__ float ds(float s) const { return fmaf(p(s), weight, -shift); }
+    // p - target, or its value at a single positive.
+    template <int kRows>
+    __device__ float ds_match(float s, FactTile<kRows> t, int row) const {
+      const float single = t.at(kSingle, row), target = t.at(kTarget, row);
+      return weight == 0.0f ? 0.0f : fmaf(single <= 1.0f ? single : p(s) - target, weight, -shift);
+    }
+  };
+  static __device__ float score(float s, float) { return s; }
+  static __device__ float ds(float s, const Known& r, const Known& c) { return r.ds(s) + c.ds(s); }
+  template <int kRows, int kCols>
+  static __device__ float ds_match(float s, const Known& r, const Known& c, FactTile<kRows> rows,
+                                   int row, FactTile<kCols> cols, int col) {
+    return r.ds_match(s, rows, row) + c.ds_match(s, cols, col);
+  }
+};
+
 namespace {
-
-__device__ inline float exp_of(float s, float top) { return exp2_fast((s - top) * kLog2e); }
-
-// Where a statistic of problem g lies.
-__device__ inline float* part_at(float* part, int64_t tile, int stat, const Scores& s, int64_t g,
-                                 int64_t L) {
-  return part + ((tile * kPartStats + stat) * s.G + g) * L;
-}
-
-// Maximum and sum of exp(s - maximum) over the entries where in(m, n, i), by rows.
-template <typename In>
-__device__ inline void rows_lse(float* top_to, float* sum_to, const PairAcc& s, const Scores& a,
-                                const PairPlace& at, const In& in) {
-  float top[kPairMT][2], sum[kPairMT][2];
-  fold_rows(top, Most(), [&](int m, int n, int i) { return in(m, n, i) ? s[m][n][i] : -kInf; });
-  fold_rows(sum, Add(), [&](int m, int n, int i) {
-    return in(m, n, i) ? exp_of(s[m][n][i], finite_or(top[m][i / 2], 0.0f)) : 0.0f;
-  });
-  store_rows(top_to, a, at, top);
-  store_rows(sum_to, a, at, sum);
-}
-
-// The same by columns; returned to the thread of each column.
-template <typename In>
-__device__ inline float2 columns_lse(ColumnRoom& room, float (&tops)[PairTile::kCols],
-                                     const PairAcc& s, const In& in) {
-  const float top = fold_columns(
-      room, Most(), [&](int m, int n, int i) { return in(m, n, i) ? s[m][n][i] : -kInf; });
-  if (threadIdx.x < PairTile::kCols) tops[threadIdx.x] = finite_or(top, 0.0f);
-  __syncthreads();  // orders the maxima before their reads
-  const int col = threadIdx.x % 4 * 2;
-  const float sum = fold_columns(room, Add(), [&](int m, int n, int i) {
-    return in(m, n, i) ? exp_of(s[m][n][i], tops[8 * n + col + i % 2]) : 0.0f;
-  });
-  return make_float2(top, sum);
-}
-
-__global__ void __launch_bounds__(PairTile::kThreads)
-    contrastive_parts_kernel(const __grid_constant__ ContrastiveParts p) {
-  __shared__ ColumnRoom room;
-  __shared__ float tops[PairTile::kCols];
-  const Scores& a = p.scores;
-  const PairPlace at(a);
-  PairAcc s;
-  float scale[kPairMT][2];
-  PairBits pos, out;
-  load_dots(s, a, at);
-  load_scale(scale, a, at);
-  each([&](int m, int n, int i) { s[m][n][i] *= scale[m][i / 2]; });
-  find_matches(pos, out, a, at);
-  uint32_t some = 0;
-#pragma unroll
-  for (int m = 0; m < kPairMT; ++m) some |= pos.word[m];
-  const bool positives = __syncthreads_or(some != 0);
-
-  const auto negative = [&](int m, int n, int i) { return !pos.has(m, n, i) && !out.has(m, n, i); };
-  const auto positive = [&](int m, int n, int i) { return pos.has(m, n, i); };
-  const auto value = [&](int m, int n, int i) { return out.has(m, n, i) ? 0.0f : s[m][n][i]; };
-  const auto one = [&](int m, int n, int i) { return out.has(m, n, i) ? 0.0f : 1.0f; };
-  const auto value_pos = [&](int m, int n, int i) { return pos.has(m, n, i) ? s[m][n][i] : 0.0f; };
-  const auto one_pos = [&](int m, int n, int i) { return pos.has(m, n, i) ? 1.0f : 0.0f; };
-
-  if (p.x) {
-    const auto to = [&](int stat) { return part_at(p.x, at.tile_n, stat, a, at.g, a.M); };
-    float r[kPairMT][2];
-    rows_lse(to(kNegTop), to(kNegSum), s, a, at, negative);
-    fold_rows(r, Add(), value);
-    store_rows(to(kTotal), a, at, r);
-    fold_rows(r, Add(), one);
-    store_rows(to(kCount), a, at, r);
-    if (positives) {
-      rows_lse(to(kPosTop), to(kPosSum), s, a, at, positive);
-      fold_rows(r, Add(), value_pos);
-      store_rows(to(kSumPos), a, at, r);
-      fold_rows(r, Add(), one_pos);
-      store_rows(to(kCountPos), a, at, r);
-    } else {
-#pragma unroll
-      for (int k = 0; k < 2 * kPairMT; ++k) r[k / 2][k % 2] = 0.0f;
-      for (int stat : {kPosTop, kPosSum, kSumPos, kCountPos}) store_rows(to(stat), a, at, r);
-    }
-  }
-  if (p.y) {
-    const float2 neg = columns_lse(room, tops, s, negative);
-    const float total = fold_columns(room, Add(), value);
-    const float count = fold_columns(room, Add(), one);
-    float2 lse_pos = make_float2(0.0f, 0.0f);
-    float sum_pos = 0.0f, count_pos = 0.0f;
-    if (positives) {
-      lse_pos = columns_lse(room, tops, s, positive);
-      sum_pos = fold_columns(room, Add(), value_pos);
-      count_pos = fold_columns(room, Add(), one_pos);
-    }
-    const int64_t col = at.tile_n * PairTile::kCols + threadIdx.x;
-    if (threadIdx.x < PairTile::kCols && col < a.N) {
-      const float all[kPartStats] = {neg.x,   neg.y,     lse_pos.x, lse_pos.y,
-                                     sum_pos, count_pos, total,     count};
-#pragma unroll
-      for (int k = 0; k < kPartStats; ++k) part_at(p.y, at.tile_m, k, a, at.g, a.N)[col] = all[k];
-    }
-  }
-}
 
 // log(exp(a) + exp(b))
 __device__ inline double log_add(double a, double b) {
   const double top = a > b ? a : b;
-  return top == -kInf ? b + a : top + log(exp(a - top) + exp(b - top));
+  return top == -kInf ? a + b : top + log(exp(a - top) + exp(b - top));
 }
 
-// A thread merges all parts of one row, in order.
-__global__ void __launch_bounds__(kMergeThreads)
-    contrastive_merge_kernel(const __grid_constant__ Merge a) {
+constexpr int kMergeThreads = 128;
+
+// A thread merges all parts of one row or column, in order.
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Merge a) {
   const int64_t at = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
   if (at >= a.G * a.L) return;
-  const int64_t step = a.G * a.L;
-  const auto part = [&](int64_t tile, int stat) {
-    return a.part[(tile * kPartStats + stat) * step + at];
+  const auto part = [&](int64_t i, int stat) {
+    return a.part[(i * kPartStats + stat) * a.G * a.L + at];
   };
   double r[6];
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     float top = -kInf;
-    for (int64_t t = 0; t < a.tiles; ++t) {
-      if (part(t, 2 * k + 1) != 0.0f) top = fmaxf(top, part(t, 2 * k));
-    }
+    for (int64_t i = 0; i < a.parts; ++i) top = fmaxf(top, part(i, 2 * k));
+    const float safe = finite_or(top, 0.0f);
     double sum = 0.0;
-    for (int64_t t = 0; t < a.tiles; ++t) {
-      const float share = part(t, 2 * k + 1);
-      if (share != 0.0f)
-        sum += double{share} * double{exp_of(part(t, 2 * k), finite_or(top, 0.0f))};
+    for (int64_t i = 0; i < a.parts; ++i) {
+      sum += double{part(i, 2 * k + 1)} * exp2_fast(part(i, 2 * k) - safe);
     }
-    r[k] = sum == 0.0 ? -kInf : finite_or(top, 0.0f) + log(sum);
+    r[k] = sum == 0.0 ? -kInf : safe / double{kLog2e} + log(sum);
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     double sum = 0.0;
-    for (int64_t t = 0; t < a.tiles; ++t) sum += part(t, kSumPos + k);
+    for (int64_t i = 0; i < a.parts; ++i) sum += part(i, kSumPos + k);
     r[2 + k] = sum;
   }
   double* to = a.stats + at / a.L * a.stride[1] + at % a.L;
@@ -152,89 +322,13 @@ __global__ void __launch_bounds__(kMergeThreads)
   }
 }
 
-// Coefficients of the rows or columns of a tile in fp32, lse as a sum of two.
-enum Coef { kHigh, kLow, kWeight, kTarget, kUniform, kSingle, kCoefs };
-
-template <int kRows>
-__device__ inline void load_coefficients(float (&to)[kCoefs][kRows], const Coefficients& c,
-                                         int64_t g, int64_t first, int64_t end) {
-  for (int i = threadIdx.x; i < kRows; i += PairTile::kThreads) {
-    const double* from = c.data + g * c.stride[1] + first + i;
-    const bool in = first + i < end;
-    const double lse = in ? from[0] : 0.0;
-    const float high = static_cast<float>(lse);
-    to[kHigh][i] = high, to[kLow][i] = fabsf(high) < kInf ? static_cast<float>(lse - high) : 0.0f;
-#pragma unroll
-    for (int k = kWeight; k < kCoefs; ++k) {
-      to[k][i] = in ? static_cast<float>(from[(k - 1) * c.stride[0]]) : 0.0f;
-    }
-  }
-}
-
-// One direction's ds = weight * ((p at negatives, p - target or the given value at positives) - u).
-__device__ inline float ds_of(float s, const float (&c)[kCoefs], bool pos) {
-  const float p = exp2_fast(((s - c[kHigh]) - c[kLow]) * kLog2e);
-  const float at_pos = c[kSingle] <= 1.0f ? c[kSingle] : p - c[kTarget];
-  return c[kWeight] == 0.0f ? 0.0f : c[kWeight] * ((pos ? at_pos : p) - c[kUniform]);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(PairTile::kThreads)
-    contrastive_ds_kernel(const __grid_constant__ ContrastiveDs p) {
-  __shared__ float rows[kCoefs][PairTile::kRows], cols[kCoefs][PairTile::kCols];
-  const Scores& a = p.scores;
-  const PairPlace at(a);
-  const int64_t m0 = at.tile_m * PairTile::kRows, n0 = at.tile_n * PairTile::kCols;
-  load_coefficients(rows, p.x, at.g, m0, a.M);
-  load_coefficients(cols, p.y, at.g, n0, a.N);
-  PairAcc x;
-  float scale[kPairMT][2], sum[kPairMT][2];
-  PairBits pos, out;
-  load_dots(x, a, at);
-  load_scale(scale, a, at);
-  find_matches(pos, out, a, at);
-  const float inverse = 1.0f / *p.peak;
-  __syncthreads();  // orders the coefficients before their reads
-  float row[2 * kPairMT][kCoefs];
-#pragma unroll
-  for (int k = 0; k < 2 * kPairMT; ++k) {
-#pragma unroll
-    for (int c = 0; c < kCoefs; ++c) row[k][c] = rows[c][at.row_of(k / 2, k % 2 * 2) - m0];
-    sum[k / 2][k % 2] = 0.0f;
-  }
-#pragma unroll
-  for (int n = 0; n < kPairNT; ++n) {
-    float col[2][kCoefs];
-#pragma unroll
-    for (int c = 0; c < kCoefs; ++c) {
-      const float2 v = *reinterpret_cast<const float2*>(&cols[c][at.col_of(n, 0) - n0]);
-      col[0][c] = v.x, col[1][c] = v.y;
-    }
-#pragma unroll
-    for (int k = 0; k < 4 * kPairMT; ++k) {
-      const int m = k / 4, i = k % 4;
-      const float product = x[m][n][i], s = product * scale[m][i / 2];
-      const bool match = pos.has(m, n, i);
-      const float both = ds_of(s, row[k / 2], match) + ds_of(s, col[i % 2], match);
-      const float ds = out.has(m, n, i) ? 0.0f : both;
-      sum[m][i / 2] += ds * product;
-      x[m][n][i] = ds * scale[m][i / 2] * inverse;
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < 2 * kPairMT; ++k) sum[k / 2][k % 2] = quad_sum(sum[k / 2][k % 2]);
-  store_rows(p.part + (at.tile_n * a.G + at.g) * a.M, a, at, sum);
-  if (p.w) store_w<T>(p.w, a, at, [&](int m, int n, int i) { return x[m][n][i]; });
-}
-
 }  // namespace
 
-const void* contrastive_parts() { return reinterpret_cast<const void*>(&contrastive_parts_kernel); }
-const void* contrastive_merge() { return reinterpret_cast<const void*>(&contrastive_merge_kernel); }
-const void* contrastive_ds(DType dtype) {
-  return pick(dtype, [](auto type) {
-    return reinterpret_cast<const void*>(&contrastive_ds_kernel<typename decltype(type)::Type>);
-  });
+PairKernels contrastive_kernels(DType dtype, int width) {
+  return kernels_of<Contrastive>(dtype, width);
+}
+Kernel merge_parts() {
+  return {reinterpret_cast<const void*>(&merge_kernel), kMergeThreads, 0, kMergeThreads, 0};
 }
 
 }  // namespace fmm::cuda

@@ -1,7 +1,10 @@
-// contrastive_loss and sigmoid_loss on CUDA tensors: chunks of products that fit a workspace come
-// from torch's matrix products, our kernels turn them into statistics or, for the backward, into
-// w = scale * ds / peak, and two more products give dx and dy. Four products over s in all; chunks
-// add to dy in order. Nothing waits for the device.
+// contrastive_loss and sigmoid_loss on CUDA tensors. Four products over s in all at least, and
+// nothing waits for the device.
+//
+// 16-bit types up to D = 256 are fused: products by tensor cores, a forward kernel, and a backward
+// kernel whose blocks own rows of x or of y. Otherwise chunks of products that fit a workspace come
+// from torch's matrix products, our kernels turn them into statistics or into w = scale * ds,
+// and two more products give dx and dy; chunks add to dy in order.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -9,18 +12,22 @@
 #include <limits>
 
 #include "../common/launch.h"
-#include "../common/torch_params.h"
 #include "../ops.h"
 #include "pair_loss.h"
+#include "strided.h"
 #include "tuning.h"
 
 namespace fmm::cuda {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
-int64_t workspace = 64 << 20;  // bytes of a chunk's products and of its w
+constexpr int64_t kMaxSplits = 8;
+constexpr int kWalk = 4;       // tiles of stored products that a block walks
+int64_t workspace = 64 << 20;  // bytes of a chunk's products or parts
 
 int64_t tiles(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }
+
+int64_t padded_rows(int64_t rows) { return tiles(rows, kFactRows) * kFactRows; }
 
 // Inside, torch's products record no gradient and keep their types.
 struct Plain {
@@ -38,6 +45,12 @@ void product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bo
   }
 }
 
+// A kernel of k.rows elements a block over n of them.
+template <typename Params>
+void run(const Kernel& k, int64_t n, const Params& params, const at::Tensor& on) {
+  launch(k.function, tiles(n, k.rows), k.threads, k.smem, params, on);
+}
+
 // A tensor of the call and, with `normalize`, its rows at unit length.
 struct Rows {
   at::Tensor raw, t, inv;
@@ -48,8 +61,7 @@ struct Rows {
     t = at::empty({G, M, D}, raw.options());
     inv = at::empty({G, M}, raw.options().dtype(at::kFloat));
     const UnitRows a{tensor4(raw), G, M, D, inv.data_ptr<float>(), t.data_ptr()};
-    const void* kernel = unit_rows(dtype_of(raw));
-    launch(kernel, tiles(G * M, kRowsPerBlock), 32 * kRowsPerBlock, 0, a, raw);
+    run(unit_rows(dtype_of(raw)), G * M, a, raw);
   }
 
   // Where the gradient of t accumulates; for most that is not yet the result.
@@ -67,8 +79,7 @@ struct Rows {
                      du.data_ptr<float>(),
                      peak.data_ptr<float>(),
                      dx.data_ptr()};
-    const void* kernel = unit_grad(dtype_of(raw));
-    launch(kernel, tiles(G * M, kRowsPerBlock), 32 * kRowsPerBlock, 0, a, raw);
+    run(unit_grad(dtype_of(raw)), G * M, a, raw);
     return dx;
   }
 };
@@ -77,13 +88,10 @@ struct Rows {
 struct Chunk {
   int64_t g0, g1, m0, m1;
   Scores scores;
-  at::Tensor x, y, dots;  // [g, m, D], [g, N, D], [g, m, N]
+  at::Tensor x, y, dots;  // [g, m, D], [g, N, D], stored products [g, m, N]
 
   int64_t g() const { return g1 - g0; }
   int64_t m() const { return m1 - m0; }
-  int64_t tiles_m() const { return tiles(m(), PairTile::kRows); }
-  int64_t tiles_n() const { return tiles(scores.N, PairTile::kCols); }
-  int64_t blocks() const { return g() * tiles_m() * tiles_n(); }
   // The part of a [.., G, M] tensor that belongs to the chunk.
   at::Tensor rows(const at::Tensor& t) const { return t.narrow(-2, g0, g()).narrow(-1, m0, m()); }
 };
@@ -99,16 +107,19 @@ Indices indices(const OptTensor& t, const at::Tensor& x, int64_t rows, const cha
 struct Call {
   int64_t G, M, N, D, pitch;
   Rows x, y;
+  PairKernels kernels;
   at::Tensor scale;  // [G, M], perhaps with stride 0
+  at::Tensor bias;   // [1] of sigmoid_loss
   Indices positives, ids_x, ids_y;
   bool ignore;
 
-  Call(const at::Tensor& x, const at::Tensor& y, const at::Tensor& logit_scale,
-       const OptTensor& positives, const OptTensor& ids_x, const OptTensor& ids_y, bool ignore,
-       bool normalize, const OptTensor& dots)
+  Call(PairKernels (*of)(DType, int), const at::Tensor& x, const at::Tensor& y,
+       const at::Tensor& logit_scale, const OptTensor& positives, const OptTensor& ids_x,
+       const OptTensor& ids_y, bool ignore, bool normalize, const OptTensor& dots)
       : x(checked(x, y), normalize), y(y, normalize), ignore(ignore) {
     G = x.size(0), M = x.size(1), D = x.size(2), N = y.size(1);
     pitch = tiles(N, 8) * 8;
+    kernels = of(dtype_of(x), padded_width(D));
     FMM_CHECK(M < (1 << 30) && N < (1 << 30), "too many rows");
     FMM_CHECK(!dots, "dots: the CUDA kernels keep none");
     scale = contiguous_float(logit_scale);
@@ -130,22 +141,32 @@ struct Call {
   bool empty() const { return G * M * N == 0; }
   at::TensorOptions floats() const { return scale.options(); }
 
-  // body(chunk) with the chunk's products in place, in the order of rows.
+  // Whether products come from the streams.
+  bool fused() const {
+    return x.raw.scalar_type() != at::kFloat && D <= 256 &&
+           (kernels.fused_fwd.smem <= max_shared(x.raw) &&
+            kernels.fused_bwd.smem <= max_shared(x.raw));
+  }
+
+  // How many blocks share the walk of a row: enough for two a multiprocessor, of four tiles or
+  // more.
+  int64_t splits(const Kernel& k, int64_t G, int64_t rows, int64_t cols) const {
+    const int64_t blocks = G * tiles(rows, k.rows), wanted = 2 * multiprocessors(x.raw);
+    return std::clamp<int64_t>(wanted / blocks, 1, std::min(kMaxSplits, tiles(cols, 4 * k.cols)));
+  }
+
+  // body(chunk) in the order of rows, a row taking `bytes` of the workspace.
   template <typename Body>
-  void chunks(const Body& body) const {
-    const int64_t fits = std::max<int64_t>(1, workspace / (pitch * int64_t{sizeof(float)}));
+  void chunks(int64_t bytes, int block, const Body& body) const {
+    const int64_t fits = std::max<int64_t>(1, workspace / bytes);
     const int64_t step_g = std::clamp<int64_t>(fits / M, 1, G);
-    const int64_t step_m =
-        fits >= M ? M : std::max<int64_t>(1, fits / PairTile::kRows) * PairTile::kRows;
-    const at::Tensor room = at::empty({step_g * std::min(step_m, M) * pitch}, floats());
+    const int64_t step_m = fits >= M ? M : std::max<int64_t>(1, fits / block) * block;
     for (int64_t g0 = 0; g0 < G; g0 += step_g) {
       for (int64_t m0 = 0; m0 < M; m0 += step_m) {
         Chunk c{g0, std::min(g0 + step_g, G), m0, std::min(m0 + step_m, M), {}, {}, {}, {}};
         c.x = x.t.narrow(0, g0, c.g()).narrow(1, m0, c.m()), c.y = y.t.narrow(0, g0, c.g());
-        c.dots = view(room, c);
-        product(c.dots, c.x, c.y.mT(), false);
         Scores& s = c.scores;
-        s.dots = room.data_ptr<float>(), s.G = c.g(), s.M = c.m(), s.N = N, s.pitch = pitch;
+        s.G = c.g(), s.M = c.m(), s.N = N, s.pitch = pitch, s.bias = bias_data();
         const at::Tensor part = c.rows(scale);
         s.scale = part.const_data_ptr<float>();
         s.scale_stride[0] = part.stride(0), s.scale_stride[1] = part.stride(1);
@@ -156,10 +177,35 @@ struct Call {
     }
   }
 
+  // The same with the products stored.
+  template <typename Body>
+  void stored_chunks(const Body& body) const {
+    at::Tensor room;
+    chunks(pitch * sizeof(float), PairTile::kRows, [&](Chunk& c) {
+      if (!room.defined()) room = at::empty({c.g() * c.m() * pitch}, floats());
+      c.dots = view(room, c), c.scores.dots = room.data_ptr<float>();
+      product(c.dots, c.x, c.y.mT(), false);
+      body(c);
+    });
+  }
+
   // A chunk's [g, m, N] in a buffer whose rows are `pitch` long.
   at::Tensor view(const at::Tensor& room, const Chunk& c) const {
     return room.as_strided({c.g(), c.m(), N}, {c.m() * pitch, pitch, 1});
   }
+
+  FactRows fact_rows_x() const {
+    FactRows a{};
+    a.L = M, a.scale = scale.const_data_ptr<float>(), a.mate = positives, a.id = ids_x;
+    a.scale_stride[0] = scale.stride(0), a.scale_stride[1] = scale.stride(1);
+    return a;
+  }
+  FactRows fact_rows_y() const {
+    FactRows a{};
+    a.L = N, a.id = ids_y;
+    return a;
+  }
+  const float* bias_data() const { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; }
 
  private:
   static Indices moved(const Indices& t, int64_t g, int64_t i) {
@@ -179,40 +225,127 @@ at::Tensor peak_of(const Call& call, std::initializer_list<at::Tensor> weights) 
   return at::where(peak > 0.0, peak, one);
 }
 
-// Gradients of x and y where `needs`, then `sums` sums a row: write(chunk, w, part) launches the
-// loss's kernel.
-template <typename Write>
-std::vector<at::Tensor> backward(const Call& call, at::ArrayRef<bool> needs, int64_t sums,
-                                 const at::Tensor& peak, const Write& write) {
-  const bool products = needs[0] || needs[1], empty = call.empty();
-  at::Tensor dx, dy, room, totals = at::zeros({sums, call.G, call.M}, call.floats());
-  if (needs[0]) dx = call.x.wide();
-  if (needs[1]) dy = call.y.wide();
-  if (empty) {
-    for (at::Tensor* t : {&dx, &dy}) {
-      if (t->defined()) t->zero_();
+// What the backward needs to know of the rows of x or of y.
+Facts facts_of(const Call& call, FactRows a, at::Tensor& hold) {
+  a.G = call.G, a.padded = padded_rows(a.L);
+  hold = at::empty({kFacts, a.G, a.padded}, call.floats());
+  a.facts = hold.data_ptr<float>();
+  run(fact_rows(), a.G * a.padded, a, call.x.raw);
+  return {a.facts, {a.G * a.padded, a.padded}};
+}
+
+struct Backward {
+  const Call& call;
+  std::vector<bool> needs;  // x, y, scale and, of sigmoid_loss, bias
+  at::Tensor peak;
+  Facts x, y;
+  at::Tensor hold_x, hold_y;
+
+  std::vector<at::Tensor> run() const {
+    at::Tensor dx, dy, sums = at::zeros({call.kernels.sums, call.G, call.M}, call.floats());
+    if (call.empty()) {
+      if (needs[0]) dx = call.x.wide().zero_();
+      if (needs[1]) dy = call.y.wide().zero_();
+    } else if (call.fused()) {
+      fused(dx, dy, sums);
+    } else {
+      stored(dx, dy, sums);
     }
-  } else {
-    const bool narrow = call.x.raw.scalar_type() != at::kFloat;
-    call.chunks([&](const Chunk& c) {
+    std::vector<at::Tensor> grads;
+    if (needs[0]) grads.push_back(call.x.grad(dx, peak));
+    if (needs[1]) grads.push_back(call.y.grad(dy, peak));
+    for (size_t k = 2; k < needs.size(); ++k) {
+      if (needs[k]) grads.push_back(sums[k - 2] * peak);
+    }
+    return grads;
+  }
+
+ private:
+  bool any_sums() const { return needs[2] || (needs.size() > 3 && needs[3]); }
+
+  void fused(at::Tensor& dx, at::Tensor& dy, at::Tensor& sums) const {
+    const Kernel& k = call.kernels.fused_bwd;
+    const at::Tensor& on = call.x.raw;
+    FusedBackward p{call.G,      call.D,          0, {}, call.ids_x.data != nullptr,
+                    call.ignore, call.bias_data()};
+    at::Tensor out[2], part;
+    int64_t blocks[2] = {0, 0};
+    for (int i = 0; i < 2; ++i) {
+      PairSide& a = p.side[i];
+      const Rows& r = i ? call.y : call.x;
+      a.t = strided(r.t), a.facts = i ? y : x, a.rows = r.t.size(1);
+      const int64_t cols = i ? call.M : call.N;
+      a.splits = call.splits(k, call.G, a.rows, cols);
+      if (needs[i]) {
+        out[i] = at::empty({a.splits, call.G, a.rows, call.D}, call.floats());
+        a.out = out[i].data_ptr<float>();
+      }
+      if (i == 0 && any_sums()) {
+        part = at::empty({a.splits, call.kernels.sums, call.G, a.rows}, call.floats());
+        a.sums = part.data_ptr<float>();
+      }
+      if (a.out || a.sums) blocks[i] = call.G * tiles(a.rows, k.rows) * a.splits;
+    }
+    p.first = blocks[0];
+    launch(k.function, blocks[0] + blocks[1], k.threads, k.smem, p, on);
+    const auto total = [](const at::Tensor& t) { return t.size(0) == 1 ? t[0] : t.sum(0); };
+    if (needs[0]) dx = total(out[0]);
+    if (needs[1]) dy = total(out[1]);
+    if (part.defined()) sums = total(part);
+  }
+
+  void stored(at::Tensor& dx, at::Tensor& dy, at::Tensor& sums) const {
+    const bool products = needs[0] || needs[1], narrow = call.x.raw.scalar_type() != at::kFloat;
+    const Kernel& k = call.kernels.stored_bwd;
+    at::Tensor room;
+    if (needs[0]) dx = call.x.wide();
+    if (needs[1]) dy = call.y.wide();
+    call.stored_chunks([&](const Chunk& c) {
       if (products && narrow && !room.defined()) {
         room = at::empty({c.g() * c.m() * call.pitch}, call.x.raw.options());
       }
       const at::Tensor w = narrow && products ? call.view(room, c) : c.dots;
-      const at::Tensor part = at::empty({c.tiles_n(), sums, c.g(), c.m()}, call.floats());
-      write(c, products ? w.data_ptr() : nullptr, part.data_ptr<float>());
-      c.rows(totals).copy_(part.sum(0));
+      const int64_t parts = tiles(call.N, k.cols);
+      const at::Tensor part = at::empty({parts, call.kernels.sums, c.g(), c.m()}, call.floats());
+      const auto moved = [&](const Facts& f, int64_t first) {
+        return Facts{f.data + c.g0 * f.stride[1] + first, {f.stride[0], f.stride[1]}};
+      };
+      const StoredBackward p{c.scores, moved(x, c.m0), moved(y, 0),
+                             products ? w.data_ptr() : nullptr, part.data_ptr<float>()};
+      const int64_t blocks = c.g() * tiles(c.m(), k.rows) * parts;
+      launch(k.function, blocks, k.threads, k.smem, p, call.x.raw);
+      c.rows(sums).copy_(part.sum(0));
       if (needs[0]) product(dx.narrow(0, c.g0, c.g()).narrow(1, c.m0, c.m()), w, c.y, false);
       if (needs[1]) product(dy.narrow(0, c.g0, c.g()), w.mT(), c.x, c.m0 > 0);
     });
   }
-  std::vector<at::Tensor> grads;
-  if (needs[0]) grads.push_back(call.x.grad(dx, peak));
-  if (needs[1]) grads.push_back(call.y.grad(dy, peak));
-  for (int64_t k = 0; k < sums; ++k) {
-    if (needs[2 + k]) grads.push_back(sums == 1 ? totals[k] : totals[k].clone());
-  }
-  return grads;
+};
+
+// forward(chunk, part_x, part_y) after each launch of the forward; parts as in PairForward.
+template <typename Merge>
+void forward(const Call& call, int64_t stats, bool want_x, bool want_y, const Merge& merge) {
+  const bool fused = call.fused();
+  const Kernel& k = fused ? call.kernels.fused_fwd : call.kernels.stored_fwd;
+  const auto body = [&](const Chunk& c) {
+    const int64_t splits =
+        fused ? call.splits(k, c.g(), c.m(), call.N) : tiles(tiles(call.N, k.cols), kWalk);
+    at::Tensor part_x, part_y;
+    PairForward p{c.scores, {}, {}, call.D, splits, nullptr, nullptr};
+    if (fused) p.x = strided(c.x), p.y = strided(c.y);
+    if (want_x) {
+      part_x = at::empty({splits, stats, c.g(), c.m()}, call.floats());
+      p.part_x = part_x.data_ptr<float>();
+    }
+    if (want_y) {
+      part_y = at::empty({tiles(c.m(), k.rows), stats, c.g(), call.N}, call.floats());
+      p.part_y = part_y.data_ptr<float>();
+    }
+    launch(k.function, c.g() * tiles(c.m(), k.rows) * splits, k.threads, k.smem, p, call.x.raw);
+    merge(c, part_x, part_y);
+  };
+  // A row's share of the parts of its tile, where a row of products is not kept.
+  const int64_t bytes = want_y ? tiles(call.N * stats * int64_t{sizeof(float)}, k.rows) : 1;
+  fused ? call.chunks(bytes, k.rows, body) : call.stored_chunks(body);
 }
 
 // Merges the parts of a chunk into the statistics [6, G, L], whose row `first` of problem g0 is the
@@ -222,12 +355,12 @@ void merge(const at::Tensor& part, const at::Tensor& stats, int64_t g0, int64_t 
   const int64_t stride[] = {stats.stride(0), stats.stride(1)};
   double* to = stats.data_ptr<double>() + g0 * stride[1] + first;
   const Merge a{part.data_ptr<float>(), part.size(0), G, L, to, {stride[0], stride[1]}, join};
-  launch(contrastive_merge(), tiles(G * L, kMergeThreads), kMergeThreads, 0, a, part);
+  run(merge_parts(), G * L, a, part);
 }
 
-Coefficients coefficients(const at::Tensor& coef, int64_t g0, int64_t first) {
-  const int64_t stride[] = {coef.stride(0), coef.stride(1)};
-  return {coef.const_data_ptr<double>() + g0 * stride[1] + first, {stride[0], stride[1]}};
+void set_bias(Call& call, const at::Tensor& logit_bias) {
+  call.bias = contiguous_float(logit_bias);
+  FMM_CHECK(call.bias.numel() == 1 && call.bias.device() == call.x.raw.device(), "logit_bias");
 }
 
 }  // namespace
@@ -239,24 +372,20 @@ std::tuple<at::Tensor, at::Tensor> contrastive_loss_fwd(
     const OptTensor& positives, const OptTensor& ids_x, const OptTensor& ids_y, bool ignore,
     bool normalize, bool want_x, bool want_y, const OptTensor& dots) {
   const Plain plain;
-  const Call call(x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, dots);
+  const Call call(contrastive_kernels, x, y, logit_scale, positives, ids_x, ids_y, ignore,
+                  normalize, dots);
   const auto stats = [&](int64_t rows) {
     at::Tensor t = at::zeros({6, call.G, rows}, call.floats().dtype(at::kDouble));
     t.narrow(0, 0, 2).fill_(-kInf);
     return t;
   };
   at::Tensor stats_x = stats(call.M), stats_y = stats(call.N);
-  if (call.empty()) return {stats_x, stats_y};
-  call.chunks([&](const Chunk& c) {
-    at::Tensor by_x, by_y;
-    if (want_x) by_x = at::empty({c.tiles_n(), kPartStats, c.g(), c.m()}, call.floats());
-    if (want_y) by_y = at::empty({c.tiles_m(), kPartStats, c.g(), call.N}, call.floats());
-    const ContrastiveParts a{c.scores, want_x ? by_x.data_ptr<float>() : nullptr,
-                             want_y ? by_y.data_ptr<float>() : nullptr};
-    launch(contrastive_parts(), c.blocks(), PairTile::kThreads, 0, a, x);
-    if (want_x) merge(by_x, stats_x, c.g0, c.m0, false);
-    if (want_y) merge(by_y, stats_y, c.g0, 0, c.m0 > 0);
-  });
+  if (call.empty() || !(want_x || want_y)) return {stats_x, stats_y};
+  forward(call, kPartStats, want_x, want_y,
+          [&](const Chunk& c, const at::Tensor& part_x, const at::Tensor& part_y) {
+            if (want_x) merge(part_x, stats_x, c.g0, c.m0, false);
+            if (want_y) merge(part_y, stats_y, c.g0, 0, c.m0 > 0);
+          });
   return {stats_x, stats_y};
 }
 
@@ -267,16 +396,19 @@ std::vector<at::Tensor> contrastive_loss_bwd(const at::Tensor& coef_x, const at:
                                              const OptTensor& ids_y, bool ignore, bool normalize,
                                              std::array<bool, 3> needs, const OptTensor& dots) {
   const Plain plain;
-  const Call call(x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, dots);
+  const Call call(contrastive_kernels, x, y, logit_scale, positives, ids_x, ids_y, ignore,
+                  normalize, dots);
   const at::Tensor cx = contiguous_double(coef_x), cy = contiguous_double(coef_y);
   check_shape(cx, {5, call.G, call.M}, "coef_x");
   check_shape(cy, {5, call.G, call.N}, "coef_y");
-  const at::Tensor peak = peak_of(call, {cx[1], cy[1]});
-  return backward(call, needs, 1, peak, [&](const Chunk& c, void* w, float* part) {
-    const ContrastiveDs a{c.scores, coefficients(cx, c.g0, c.m0), coefficients(cy, c.g0, 0),
-                          w,        peak.data_ptr<float>(),       part};
-    launch(contrastive_ds(dtype_of(x)), c.blocks(), PairTile::kThreads, 0, a, x);
-  });
+  Backward backward{call, std::vector<bool>(needs.begin(), needs.end()),
+                    peak_of(call, {cx[1], cy[1]})};
+  FactRows a = call.fact_rows_x(), b = call.fact_rows_y();
+  a.peak = b.peak = backward.peak.data_ptr<float>();
+  a.coef = cx.const_data_ptr<double>(), b.coef = cy.const_data_ptr<double>();
+  backward.x = facts_of(call, a, backward.hold_x);
+  backward.y = facts_of(call, b, backward.hold_y);
+  return backward.run();
 }
 
 at::Tensor sigmoid_loss_fwd(const at::Tensor& x, const at::Tensor& y, const at::Tensor& logit_scale,
@@ -284,16 +416,12 @@ at::Tensor sigmoid_loss_fwd(const at::Tensor& x, const at::Tensor& y, const at::
                             const OptTensor& ids_x, const OptTensor& ids_y, bool normalize,
                             const OptTensor& dots) {
   const Plain plain;
-  const Call call(x, y, logit_scale, positives, ids_x, ids_y, false, normalize, dots);
-  const at::Tensor bias = contiguous_float(logit_bias);
-  FMM_CHECK(bias.numel() == 1 && bias.device() == x.device(), "logit_bias");
+  Call call(sigmoid_kernels, x, y, logit_scale, positives, ids_x, ids_y, false, normalize, dots);
+  set_bias(call, logit_bias);
   at::Tensor loss = at::zeros({call.G, call.M}, call.floats());
   if (call.empty()) return loss;
-  call.chunks([&](const Chunk& c) {
-    const at::Tensor part = at::empty({c.tiles_n(), c.g(), c.m()}, call.floats());
-    const SigmoidParts a{c.scores, bias.const_data_ptr<float>(), part.data_ptr<float>()};
-    launch(sigmoid_parts(), c.blocks(), PairTile::kThreads, 0, a, x);
-    c.rows(loss).copy_(part.sum(0));
+  forward(call, 1, true, false, [&](const Chunk& c, const at::Tensor& part, const at::Tensor&) {
+    c.rows(loss).copy_(part.sum(0)[0]);
   });
   return loss;
 }
@@ -305,21 +433,16 @@ std::vector<at::Tensor> sigmoid_loss_bwd(const at::Tensor& dloss, const at::Tens
                                          bool normalize, std::array<bool, 4> needs,
                                          const OptTensor& dots) {
   const Plain plain;
-  const Call call(x, y, logit_scale, positives, ids_x, ids_y, false, normalize, dots);
-  const at::Tensor bias = contiguous_float(logit_bias), weight = contiguous_float(dloss);
-  FMM_CHECK(bias.numel() == 1 && bias.device() == x.device(), "logit_bias");
+  Call call(sigmoid_kernels, x, y, logit_scale, positives, ids_x, ids_y, false, normalize, dots);
+  set_bias(call, logit_bias);
+  const at::Tensor weight = contiguous_float(dloss);
   check_shape(weight, {call.G, call.M}, "dloss");
-  const at::Tensor peak = peak_of(call, {weight});
-  return backward(call, needs, 2, peak, [&](const Chunk& c, void* w, float* part) {
-    const SigmoidDs a{c.scores,
-                      bias.const_data_ptr<float>(),
-                      weight.const_data_ptr<float>() + c.g0 * call.M + c.m0,
-                      call.M,
-                      w,
-                      peak.data_ptr<float>(),
-                      part};
-    launch(sigmoid_ds(dtype_of(x)), c.blocks(), PairTile::kThreads, 0, a, x);
-  });
+  Backward backward{call, std::vector<bool>(needs.begin(), needs.end()), peak_of(call, {weight})};
+  FactRows a = call.fact_rows_x();
+  a.weight = weight.const_data_ptr<float>(), a.peak = backward.peak.data_ptr<float>();
+  backward.x = facts_of(call, a, backward.hold_x);
+  backward.y = facts_of(call, call.fact_rows_y(), backward.hold_y);
+  return backward.run();
 }
 
 }  // namespace fmm::cuda

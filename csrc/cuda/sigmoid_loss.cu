@@ -1,75 +1,93 @@
-// sigmoid_loss on a chunk of products: each tile's row sums of softplus(-z * s), and w = scale * ds
-// / peak for the two products of the backward. No atomics.
-#include "pair_tile.cuh"
+// sigmoid_loss: a block adds up softplus(-z * s) by rows; the backward turns tiles into scale * ds.
+// No atomics.
+#include "pair_kernels.cuh"
 
 namespace fmm::cuda {
-namespace {
 
-// log(1 + exp(v)); small values keep all their bits.
+// log(1 + exp(v)) = max(v, 0) + 2 atanh(z), z = e / (2 + e) and e = exp(-|v|): small values keep
+// all their bits. The polynomial in z^2 is off by at most 1e-7 of the result.
 __device__ inline float softplus(float v) {
-  return fmaxf(v, 0.0f) + log1pf(exp2_fast(-fabsf(v) * kLog2e));
+  const float e = exp2_fast(-fabsf(v) * kLog2e), z = __fdividef(e, 2.0f + e), w = z * z;
+  float p = fmaf(w, 1.22066652e-01f, 1.06965943e-01f);
+  p = fmaf(p, w, 1.43103635e-01f);
+  p = fmaf(p, w, 1.99993454e-01f);
+  p = fmaf(p, w, 3.33333397e-01f);
+  p = fmaf(p, w, 1.0f);
+  return fmaf(z + z, p, fmaxf(v, 0.0f));
 }
 
-__global__ void __launch_bounds__(PairTile::kThreads)
-    sigmoid_parts_kernel(const __grid_constant__ SigmoidParts p) {
-  const Scores& a = p.scores;
-  const PairPlace at(a);
-  PairAcc x;
-  float scale[kPairMT][2], sum[kPairMT][2];
-  PairBits pos, out;
-  load_dots(x, a, at);
-  load_scale(scale, a, at);
-  find_matches(pos, out, a, at);
-  const float bias = *p.bias;
-  fold_rows(sum, Add(), [&](int m, int n, int i) {
-    const float s = x[m][n][i] * scale[m][i / 2] + bias;
-    return out.has(m, n, i) ? 0.0f : softplus(pos.has(m, n, i) ? -s : s);
-  });
-  store_rows(p.part + (at.tile_n * a.G + at.g) * a.M, a, at, sum);
-}
+// 1 / (1 + exp(-v))
+__device__ inline float sigmoid(float v) { return __fdividef(1.0f, 1.0f + exp2_fast(-v * kLog2e)); }
 
-template <typename T>
-__global__ void __launch_bounds__(PairTile::kThreads)
-    sigmoid_ds_kernel(const __grid_constant__ SigmoidDs p) {
-  const Scores& a = p.scores;
-  const PairPlace at(a);
-  PairAcc x;
-  float scale[kPairMT][2], along[kPairMT][2], sum[kPairMT][2];
-  PairBits pos, out;
-  load_dots(x, a, at);
-  load_scale(scale, a, at);
-  find_matches(pos, out, a, at);
-  const float bias = *p.bias, inverse = 1.0f / *p.peak;
-#pragma unroll
-  for (int k = 0; k < 2 * kPairMT; ++k) {
-    const int m = k / 2, h = k % 2, row = at.row_of(m, 2 * h);
-    const float weight = row < a.M ? p.dloss[at.g * p.dloss_stride + row] : 0.0f;
-    float total = 0.0f, products = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 2 * kPairNT; ++j) {
-      const int n = j / 2, i = 2 * h + j % 2;
-      const float s = x[m][n][i] * scale[m][h] + bias;
-      const bool match = pos.has(m, n, i);
-      const float sigma = __fdividef(1.0f, 1.0f + exp2_fast((match ? s : -s) * kLog2e));
-      const float ds = out.has(m, n, i) ? 0.0f : weight * (match ? -sigma : sigma);
-      total += ds, products += ds * x[m][n][i];
-      x[m][n][i] = ds * scale[m][h] * inverse;
+struct Sigmoid {
+  static constexpr int kSums = 2;  // of ds * dots and of ds
+
+  template <typename S>
+  class Forward {
+   public:
+    static constexpr int kMT = S::kMT, kNT = S::kNT;
+    struct Room {};
+
+    __device__ Forward(const PairForward& p, const BlockAt<S>& block, Room&)
+        : p_(p), block_(block), known_(p.scores, block.lane(0)), bias_(*p.scores.bias) {}
+
+    __device__ void tile(float (&s)[kMT][kNT][4], int n0) {
+      PairBits<kMT> pos, out;
+      if (find_matches<kMT, kNT>(pos, out, p_.scores, known_, block_.lane(n0))) {
+        add<true>(s, pos, out);
+      } else {
+        add<false>(s, pos, out);
+      }
     }
-    along[m][h] = quad_sum(products), sum[m][h] = quad_sum(total);
+
+    __device__ void finish() {
+      float* to = p_.part_x + (block_.part * p_.scores.G + block_.g) * p_.scores.M;
+      store_sums<kMT>(to, p_.scores.M, block_.lane(0), sum_);
+    }
+
+   private:
+    template <bool kMarked>
+    __device__ void add(const float (&dots)[kMT][kNT][4], const PairBits<kMT>& pos,
+                        const PairBits<kMT>& out) {
+#pragma unroll
+      for (int k = 0; k < 2 * kMT; ++k) {
+        sum_[k / 2][k % 2] += fold_row<kNT>(k / 2, k % 2, Add(), [&](int m, int n, int i) {
+          const float s = dots[m][n][i] * known_.scale[m][i / 2] + bias_;
+          if (kMarked && out.has(m, n, i)) return 0.0f;
+          return softplus(kMarked && pos.has(m, n, i) ? -s : s);
+        });
+      }
+    }
+
+    const PairForward& p_;
+    const BlockAt<S>& block_;
+    ScoreRows<kMT> known_;
+    float bias_, sum_[kMT][2] = {};
+  };
+
+  struct Known {
+    float weight, scale;
+
+    Known() = default;
+    template <int kRows>
+    static __device__ void two(Known (&k)[2], FactTile<kRows> t, int row) {
+      t.two(kWeight, row, k[0].weight, k[1].weight), t.two(kScale, row, k[0].scale, k[1].scale);
+    }
+    template <int kRows>
+    __device__ Known(FactTile<kRows> t, int row)
+        : weight(t.at(kWeight, row)), scale(t.at(kScale, row)) {}
+  };
+  static __device__ float score(float s, float bias) { return s + bias; }
+  static __device__ float ds(float s, const Known& r, const Known& c) {
+    return r.weight * c.weight * sigmoid(s);
   }
-  float* part = p.part + (at.tile_n * 2 * a.G + at.g) * a.M;
-  store_rows(part, a, at, along);
-  store_rows(part + a.G * a.M, a, at, sum);
-  if (p.w) store_w<T>(p.w, a, at, [&](int m, int n, int i) { return x[m][n][i]; });
-}
+  template <int kRows, int kCols>
+  static __device__ float ds_match(float s, const Known& r, const Known& c, FactTile<kRows>, int,
+                                   FactTile<kCols>, int) {
+    return -r.weight * c.weight * sigmoid(-s);
+  }
+};
 
-}  // namespace
-
-const void* sigmoid_parts() { return reinterpret_cast<const void*>(&sigmoid_parts_kernel); }
-const void* sigmoid_ds(DType dtype) {
-  return pick(dtype, [](auto type) {
-    return reinterpret_cast<const void*>(&sigmoid_ds_kernel<typename decltype(type)::Type>);
-  });
-}
+PairKernels sigmoid_kernels(DType dtype, int width) { return kernels_of<Sigmoid>(dtype, width); }
 
 }  // namespace fmm::cuda

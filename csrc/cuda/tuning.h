@@ -18,6 +18,28 @@ struct Shape {
 
 struct PairTile : Shape<64, 64, 4, 1, 1> {};  // products of a loss, read from memory
 
+template <int kWidth>
+struct PairFwd;  // 16-bit types: x resident, y walked
+template <>
+struct PairFwd<32> : Shape<128, 64, 4, 1, 2> {};
+template <>
+struct PairFwd<64> : Shape<128, 64, 4, 1, 2> {};
+template <>
+struct PairFwd<128> : Shape<128, 64, 8, 1, 2> {};
+template <>
+struct PairFwd<256> : Shape<64, 64, 4, 1, 1> {};
+
+template <int kWidth>
+struct PairBwd;  // 16-bit types: a block owns rows of one stream and walks the other
+template <>
+struct PairBwd<32> : Shape<128, 64, 4, 1, 2> {};
+template <>
+struct PairBwd<64> : Shape<128, 64, 4, 1, 2> {};
+template <>
+struct PairBwd<128> : Shape<64, 64, 4, 1, 2> {};
+template <>
+struct PairBwd<256> : Shape<64, 32, 4, 1, 2> {};
+
 template <int kBytes, int kWidth>
 struct AttendFwd;  // one direction: q resident, k and v walked
 template <>
