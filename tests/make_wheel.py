@@ -51,7 +51,8 @@ def build(kind: str) -> pathlib.Path:
 def install(package: pathlib.Path, online: bool) -> None:
     """Into an empty venv, and one computation there."""
     with tempfile.TemporaryDirectory() as folder:
-        call(sys.executable, "-m", "venv", folder)
+        # Without a pip: its setuptools would come before the one that the build asks for.
+        call(sys.executable, "-m", "venv", "--without-pip", folder)
         python = pathlib.Path(folder, "bin", "python")
         options = []
         if not online:
@@ -62,7 +63,8 @@ def install(package: pathlib.Path, online: bool) -> None:
             )  # fmt: skip
             pathlib.Path(found.stdout.strip(), "dependencies.pth").write_text(here + "\n")
             options = ["--no-deps", "--no-build-isolation"]
-        call(python, "-m", "pip", "install", "-q", *options, package, cwd=folder)
+        pip = [sys.executable, "-m", "pip", "--python", python]
+        call(*pip, "install", "-q", *options, package, cwd=folder)
         call(python, "-c", USE, cwd=folder)
         call(python, "-m", "fusedmm", "info", cwd=folder)
 

@@ -145,6 +145,7 @@ def curves(rows: Sequence[dict[str, float]], comparison: dict[str, Any] | None, 
         for axis in axes:
             axis.grid(color="#e6ebf0", linewidth=0.8)
             axis.set_axisbelow(True)
+            axis.xaxis.get_major_locator().set_params(integer=True)
         return _svg(figure)
 
 
