@@ -66,7 +66,7 @@ $(VENV)/.deps: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(STAMP): $(VENV)/.deps setup.py $(shell git ls-files csrc 2>/dev/null)
-	$(PY) -m pip install -q --no-build-isolation -e ".[train,test,lint]"
+	$(PY) -m pip install -q --no-build-isolation -e ".[train,recipes,test,lint]"
 	touch $@
 
 clean:
