@@ -19,10 +19,15 @@ bench: build
 test: lint
 	$(PY) -m pytest -q -n 2 -m "not gpu"
 
-# GPU tests: on a real GPU if there is one, else on the virtual one, as sm_80 and sm_90. Without
-# GPU_TESTS= they are the simulator's own and those of the GPU kernels; GPU_TESTS=tests adds the
-# suites of all ops, which take far longer on the virtual GPU.
-GPU_TESTS ?= tests/vgpu tests/test_gpu.py tests/test_cuda_launch.py
+# GPU tests: on a real GPU if there is one, else on the virtual one, as sm_80 and as sm_90. Without
+# GPU_TESTS= they are the simulator's own, those of the GPU kernels, and of the suites what these do
+# not try. GPU_TESTS=tests is all suites, which take far longer on the virtual GPU.
+SUITES := tests/test_bi_attention.py::TestBiAttention tests/test_co_attention.py::TestCoAttention \
+	tests/test_contrastive_loss.py::TestContrastiveLoss tests/test_sigmoid_loss.py::TestSigmoidLoss
+GPU_SUITES := $(foreach suite,$(SUITES), \
+	$(suite)::test_compiles_with_inductor $(suite)::test_autocast) \
+	$(firstword $(SUITES))::test_far_apart_rows_and_columns
+GPU_TESTS ?= tests/vgpu tests/test_gpu.py tests/test_cuda_launch.py $(GPU_SUITES)
 test-gpu: build cuda
 	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS) -- $(GPU_TESTS)
 
