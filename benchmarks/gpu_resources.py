@@ -95,12 +95,12 @@ def read(pattern: str = "") -> list[Resources]:
             if mangled not in name or not re.search(pattern, mangled):
                 continue
             facts = dict(re.findall(r"(\w+):(\d+)", line))
-            found.append(
-                Resources(
-                    mangled, k["kernel"], k["threads"], k["smem"], int(facts["REG"]),
-                    int(facts["STACK"]) + int(facts["LOCAL"]), code[name],
-                )
-            )  # fmt: skip
+            smem, stack = (
+                k["smem"] + int(facts["SHARED"]),
+                int(facts["STACK"]) + int(facts["LOCAL"]),
+            )
+            resources = k["threads"], smem, int(facts["REG"]), stack
+            found.append(Resources(mangled, k["kernel"], *resources, code[name]))
     return found
 
 
@@ -109,7 +109,10 @@ def markdown(rows: list[Resources]) -> str:
     lines = [
         "# CUDA kernels as compiled for sm_80",
         "",
-        "Made by `python -m benchmarks.gpu_resources`; blocks: how many fit a multiprocessor.",
+        "Made by `python -m benchmarks.gpu_resources` from machine code. Template arguments:",
+        "softmax over rows, over columns (where there are two), dtype, padded width, tokens of the",
+        "short stream. Bytes of shared memory and stack; blocks: how many fit a multiprocessor;",
+        "instructions by opcode, of which LDL and STL are local memory.",
         "",
         "| kernel | threads | shared | registers | stack | blocks | " + " | ".join(OPCODES) + " |",
         "|---" * (6 + len(OPCODES)) + "|",

@@ -326,7 +326,7 @@ class Transfers(TorchDispatchMode):
             name.startswith("index") and any(t.dtype == torch.bool for t in tensors)
         )
         if (moves and len(devices) > 1) or (waits and "cuda" in devices):
-            self.seen += [str(func)] if func.namespace != "fusedmm" else []
+            self.seen += [str(func)] if func.namespace not in ("fusedmm", "_fusedmm_C") else []
         return out
 
     def watched(self, run):

@@ -9,51 +9,67 @@
 namespace fmm::cuda {
 namespace {
 
-// Statistics of 16 rows of pair[.].a a block, see Stats; rows past the end get harmless ones.
+// Statistics of 16 rows of pair[.].a a block, eight lanes a row, see Stats; rows past the end get
+// harmless ones.
 template <typename T>
 __global__ void __launch_bounds__(128) delta_kernel(const __grid_constant__ Attention all) {
+  constexpr int kPer16 = 16 / sizeof(T);
   __shared__ float most[4];
   const int side = blockIdx.x < all.first ? 0 : 1;
   const Pair& p = all.pair[side];
   const Stats& st = p.a.stats;
-  const int64_t pid = blockIdx.x - (side ? all.first : 0), tiles = st.padded / 16;
-  const int64_t head = pid / tiles, b = head / all.H, h = head % all.H;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t pid = blockIdx.x - (side ? all.first : 0);
+  const Place at(pid, st.padded / 16, all.H);
+  const int head = at.head, lane = threadIdx.x % 8, row = at.block * 16 + threadIdx.x / 8;
   const float centre = centre_of(p, head);
-  const Matrix<T> o(p.a.o_in, b, h, p.a.rows, p.a.width_o), g(p.a.d_o, b, h, p.a.rows, p.a.width_o);
-  float far = 0.0f;
-  for (int i = 0; i < 4; ++i) {
-    const int64_t row = pid % tiles * 16 + warp * 4 + i;
-    float sum = 0.0f, hi = centre, lo = 0.0f;
-    if (row < p.a.rows) {
-      for (int d = lane; d < p.a.width_o; d += 32) {
-        sum += static_cast<float>(o.data[row * o.stride_m + d * o.stride_d]) *
-               static_cast<float>(g.data[row * g.stride_m + d * g.stride_d]);
-      }
+  const Matrix<T> o(p.a.o_in, at.b, at.h, p.a.rows, p.a.width_o);
+  const Matrix<T> g(p.a.d_o, at.b, at.h, p.a.rows, p.a.width_o);
+  float sum = 0.0f, hi = centre, lo = 0.0f;
+  if (row < o.rows) {
+    const T *o_row = o.data + row * o.stride_m, *g_row = g.data + row * g.stride_m;
+    const bool vectors = o.vectors && g.vectors;
+#pragma unroll 1
+    for (int d = lane * kPer16; d < o.width; d += 8 * kPer16) {
+      if (vectors && d + kPer16 <= o.width) {
+        const uint4 x = *reinterpret_cast<const uint4*>(o_row + d);
+        const uint4 y = *reinterpret_cast<const uint4*>(g_row + d);
 #pragma unroll
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      const double lse = p.a.lse[head * p.a.rows + row] / kLn2;
-      sum -= p.a.dlse[head * p.a.rows + row];
-      if (lse != -kInf) hi = static_cast<float>(lse), lo = static_cast<float>(lse - hi);
-    }
-    const float c = 0.5f * (hi + centre), half = c - centre;
-    far = fmaxf(far, fabsf(half) <= 1e30f ? fabsf(half) : kInf);
-    const float values[kStats] = {hi, lo, sum, half, exp2f(half), exp2f(c - hi - lo)};
-    if (lane == 0) {
-#pragma unroll
-      for (int k = 0; k < kStats; ++k) {
-        st.data[(k * all.B * all.H + head) * st.padded + row] = values[k];
+        for (int i = 0; i < kPer16; ++i) {
+          sum = fmaf(static_cast<float>(reinterpret_cast<const T*>(&x)[i]),
+                     static_cast<float>(reinterpret_cast<const T*>(&y)[i]), sum);
+        }
+      } else {
+        for (int i = d; i < min(d + kPer16, o.width); ++i) {
+          sum = fmaf(static_cast<float>(o_row[i * o.stride_d]),
+                     static_cast<float>(g_row[i * g.stride_d]), sum);
+        }
       }
     }
+    const double lse = p.a.lse[head * p.a.rows + row] * (1.0 / kLn2);
+    if (lse != -kInf) hi = static_cast<float>(lse), lo = static_cast<float>(lse - hi);
   }
-  if (lane == 0) most[warp] = far;
+#pragma unroll
+  for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (row < o.rows) sum -= p.a.dlse[head * p.a.rows + row];
+  const float c = 0.5f * (hi + centre), half = c - centre;
+  const float values[kStats] = {hi, lo, sum, half, exp2f(half), exp2f(c - hi - lo)};
+  float mine = values[0];
+#pragma unroll
+  for (int k = 1; k < kStats; ++k) mine = lane == k ? values[k] : mine;
+  const int64_t to = (lane * all.B * all.H + head) * st.padded + row;
+  if (lane < kStats) st.data[to] = mine;
+  float far = fabsf(half) <= 1e30f ? fabsf(half) : kInf;
+#pragma unroll
+  for (int step = 8; step < 32; step *= 2) far = fmaxf(far, __shfl_xor_sync(~0u, far, step));
+  if (threadIdx.x % 32 == 0) most[threadIdx.x / 32] = far;
   __syncthreads();  // orders each warp's maximum before their joint one
   if (threadIdx.x == 0) {
     st.far[pid] = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
   }
 }
 
-// Shared memory of a block: a's tiles, then per stage b's tiles; then per stage b's statistics.
+// Shared memory of a block: a's tiles, then per stage b's tiles; then per stage b's statistics;
+// where a's and b's rows come from.
 template <bool kRow, bool kCol, typename T, int kWidth, typename S>
 struct Layout {
   static constexpr int kEach = 1 + kRow + kCol;
@@ -61,7 +77,8 @@ struct Layout {
   static constexpr uint32_t kWalked = S::kCols * kWidth * sizeof(T);
   static constexpr uint32_t kStat = kStats * S::kCols * sizeof(float);
   static constexpr uint32_t kTileBytes = kEach * (kOwn + S::kStages * kWalked);
-  static constexpr uint32_t kBytes = kTileBytes + S::kStages * kStat;
+  static constexpr uint32_t kSources = kTileBytes + S::kStages * kStat;
+  static constexpr uint32_t kBytes = kSources + 2 * sizeof(Sources<T>);
 
   static __device__ Tiles<T, kWidth> own(uint32_t base) {
     return {{base}, {base + kCol * kOwn}, {base + (kEach - 1) * kOwn}};
@@ -86,23 +103,26 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
   extern __shared__ __align__(1024) char smem[];
   const int side = blockIdx.x < all.first ? 0 : 1;
   const Pair& p = all.pair[side];
-  const int64_t pid = blockIdx.x - (side ? all.first : 0);
-  const int64_t tiles = ceil_div(p.a.rows, S::kRows), heads = all.B * all.H;
-  const int64_t head = pid / tiles, b = head / all.H, h = head % all.H;
-  const int m0 = static_cast<int>(pid % tiles) * S::kRows, warp = threadIdx.x / 32;
+  const Place at(blockIdx.x - (side ? all.first : 0), ceil_div(p.a.rows, S::kRows), all.H);
+  const int head = at.head, b = at.b, h = at.h, m0 = at.block * S::kRows, warp = threadIdx.x / 32;
+  const int heads = static_cast<int>(all.B * all.H);
   const int row0 = warp / S::kSplit * 16, col0 = warp % S::kSplit * 8 * kDT;
   const uint32_t base = shared_address(smem);
   const Tiles<T, kWidth> own = L::own(base);
   const float centre = centre_of(p, head);
 
-  load_tiles<S::kRows, S::kThreads, kCol, kRow>(own, p.a, p.width, b, h, m0);
+  // In shared memory: between loads they take no registers.
+  Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
+  if (threadIdx.x == 0) walked = Sources<T>(p.b, p.width, b, h, kCol);
+  load_tiles<S::kRows, S::kThreads, kCol, kRow>(own, Sources<T>(p.a, p.width, b, h, kRow), m0);
+  __syncthreads();  // orders the write of `walked` before its reads
   const RowStats stats(p.a, Keep(p.a.keep, b), head, m0 + row0, centre, heads);
   float dqk[1][kDT][4], dv[1][kDT][4];
   clear(dqk);
   clear(dv);
   const auto load = [&](int j, int stage) {
     const Tiles<T, kWidth> t = L::walked(base, stage);
-    load_tiles<S::kCols, S::kThreads, kRow, kCol>(t, p.b, p.width, b, h, j * S::kCols);
+    load_tiles<S::kCols, S::kThreads, kRow, kCol>(t, walked, j * S::kCols);
     if constexpr (kCol) {
       const uint32_t to = L::stats(base, stage);
       load_stats<S::kCols, S::kThreads>(to, p.b, head, j * S::kCols, heads);
@@ -113,7 +133,7 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
     float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
     uint64_t passes[1];
     ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, b, h, own, other, L::stats(base, stage),
-                        stats, centre, row0, m0 + row0, j * S::kCols);
+                        stats, row0, m0 + row0, j * S::kCols);
     if (!p.plain) {
 #pragma unroll
       for (int i = 0; i < kNT * 4; ++i) {
@@ -135,7 +155,7 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
   if (kCol && p.a.dv) {
 #pragma unroll
     for (int i = 0; i < 4 * kDT; ++i) {
-      if (!stats.keep[i % 4 / 2]) dv[0][i / 4][i % 4] = 0.0f;
+      if (!stats.keep(i % 4 / 2)) dv[0][i / 4][i % 4] = 0.0f;
     }
     T* out = static_cast<T*>(p.a.dv) + head * p.a.rows * p.a.width_v;
     store_tile<T>(out, m0 + row0, p.a.rows, static_cast<int>(p.a.width_v), col0, dv[0], room);
@@ -152,14 +172,16 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
   constexpr int kNT = S::kNT, kPitch = S::kCols + 1;
   static_assert(S::kRows * kPitch * sizeof(float) <= L::kBytes);
   extern __shared__ __align__(1024) char smem[];
+  Sources<T>* sources = reinterpret_cast<Sources<T>*>(smem + L::kSources);
   const Attention& all = grad.all;
   const Pair& p = all.pair[0];
-  const int64_t heads = all.B * all.H;
+  const int B = static_cast<int>(all.B), H = static_cast<int>(all.H), heads = B * H;
   const int64_t tiles_m = ceil_div(grad.sizes[2], S::kRows);
   const int64_t tiles_n = ceil_div(grad.sizes[3], S::kCols);
   const int tile_n = static_cast<int>(blockIdx.x % tiles_n);
   const int tile_m = static_cast<int>(blockIdx.x / tiles_n % tiles_m);
-  const int64_t slot = blockIdx.x / (tiles_n * tiles_m);
+  const int slots[2] = {static_cast<int>(grad.sizes[0]), static_cast<int>(grad.sizes[1])};
+  const int slot = static_cast<int>(blockIdx.x / (tiles_n * tiles_m));
   const bool one_m = grad.sizes[2] == 1, one_n = grad.sizes[3] == 1;
   const int end_m = one_m ? static_cast<int>(p.a.rows) : (tile_m + 1) * S::kRows;
   const int end_n = one_n ? static_cast<int>(p.b.rows) : (tile_n + 1) * S::kCols;
@@ -168,16 +190,21 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
   const Tiles<T, kWidth> own = L::own(base), other = L::walked(base, 0);
   float acc[1][kNT][4];
   clear(acc);
-  for (int64_t b = slot / grad.sizes[1]; b < all.B; b += grad.sizes[0]) {
-    for (int64_t h = slot % grad.sizes[1]; h < all.H; h += grad.sizes[1]) {
-      const int64_t head = b * all.H + h;
+  for (int b = slot / slots[1]; b < B; b += slots[0]) {
+    for (int h = slot % slots[1]; h < H; h += slots[1]) {
+      const int head = b * H + h;
+      __syncthreads();  // orders the reads of the last head's sources before their overwriting
+      if (threadIdx.x == 0) {
+        sources[0] = Sources<T>(p.a, p.width, b, h, kRow);
+        sources[1] = Sources<T>(p.b, p.width, b, h, kCol);
+      }
       const float centre = centre_of(p, head);
       for (int m0 = tile_m * S::kRows; m0 < end_m; m0 += S::kRows) {
         const RowStats stats(p.a, Keep(p.a.keep, b), head, m0 + row0, centre, heads);
         for (int n0 = tile_n * S::kCols; n0 < end_n; n0 += S::kCols) {
-          __syncthreads();  // orders the reads of the tile before its overwriting
-          load_tiles<S::kRows, S::kThreads, kCol, kRow>(own, p.a, p.width, b, h, m0);
-          load_tiles<S::kCols, S::kThreads, kRow, kCol>(other, p.b, p.width, b, h, n0);
+          __syncthreads();  // orders the reads of the tile before its overwriting, the sources
+          load_tiles<S::kRows, S::kThreads, kCol, kRow>(own, sources[0], m0);
+          load_tiles<S::kCols, S::kThreads, kRow, kCol>(other, sources[1], n0);
           if constexpr (kCol) {
             load_stats<S::kCols, S::kThreads>(L::stats(base, 0), p.b, head, n0, heads);
           }
@@ -186,7 +213,7 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
           float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
           uint64_t passes[1];
           ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, b, h, own, other,
-                              L::stats(base, 0), stats, centre, row0, m0 + row0, n0);
+                              L::stats(base, 0), stats, row0, m0 + row0, n0);
 #pragma unroll
           for (int i = 0; i < kNT * 4; ++i) {
             if (m0 + row0 + lane / 4 + i % 4 / 2 * 8 < p.a.rows) {
@@ -221,6 +248,21 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
   }
 }
 
+// make(row, column) with the two softmaxes' flags as constants.
+template <typename Make>
+Kernel by_softmax(Softmax which, const Make& make) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  switch (which) {
+    case Softmax::kRow:
+      return make(yes, no);
+    case Softmax::kColumn:
+      return make(no, yes);
+    default:
+      return make(yes, yes);
+  }
+}
+
 template <bool kRow, bool kCol, typename T, int kWidth>
 Kernel kernel(const void* function) {
   using S = OwnerBwd<sizeof(T), kWidth>;
@@ -240,17 +282,10 @@ Kernel owner_bwd(DType dtype, int width, Softmax which) {
   return pick(dtype, width, [which](auto type, auto w) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
-    switch (which) {
-      case Softmax::kRow:
-        return kernel<true, false, T, kW>(
-            reinterpret_cast<const void*>(&owner_bwd_kernel<true, false, T, kW>));
-      case Softmax::kColumn:
-        return kernel<false, true, T, kW>(
-            reinterpret_cast<const void*>(&owner_bwd_kernel<false, true, T, kW>));
-      default:
-        return kernel<true, true, T, kW>(
-            reinterpret_cast<const void*>(&owner_bwd_kernel<true, true, T, kW>));
-    }
+    return by_softmax(which, [](auto row, auto col) {
+      return kernel<row, col, T, kW>(
+          reinterpret_cast<const void*>(&owner_bwd_kernel<row, col, T, kW>));
+    });
   });
 }
 
@@ -258,17 +293,9 @@ Kernel dbias(DType dtype, int width, Softmax which) {
   return pick(dtype, width, [which](auto type, auto w) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
-    switch (which) {
-      case Softmax::kRow:
-        return kernel<true, false, T, kW>(
-            reinterpret_cast<const void*>(&dbias_kernel<true, false, T, kW>));
-      case Softmax::kColumn:
-        return kernel<false, true, T, kW>(
-            reinterpret_cast<const void*>(&dbias_kernel<false, true, T, kW>));
-      default:
-        return kernel<true, true, T, kW>(
-            reinterpret_cast<const void*>(&dbias_kernel<true, true, T, kW>));
-    }
+    return by_softmax(which, [](auto row, auto col) {
+      return kernel<row, col, T, kW>(reinterpret_cast<const void*>(&dbias_kernel<row, col, T, kW>));
+    });
   });
 }
 

@@ -11,7 +11,8 @@ namespace {
 template <typename T, int kWidth>
 constexpr int smem_bytes() {
   using S = AttendFwd<sizeof(T), kWidth>;
-  return (S::kRows + 2 * S::kStages * S::kCols) * kWidth * static_cast<int>(sizeof(T));
+  const int tiles = (S::kRows + 2 * S::kStages * S::kCols) * kWidth * static_cast<int>(sizeof(T));
+  return tiles + 2 * static_cast<int>(sizeof(Matrix<T>));
 }
 
 // A block owns kRows queries of one head and walks the keys; p stays in registers.
@@ -23,19 +24,21 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads, 1)
   extern __shared__ __align__(1024) char smem[];
   const int side = blockIdx.x < all.first ? 0 : 1;
   const Pair& p = all.pair[side];
-  const int64_t pid = blockIdx.x - (side ? all.first : 0);
-  const int64_t tiles = ceil_div(p.a.rows, S::kRows);
-  const int64_t head = pid / tiles, b = head / all.H, h = head % all.H;
-  const int m0 = static_cast<int>(pid % tiles) * S::kRows;
+  const Place at(blockIdx.x - (side ? all.first : 0), ceil_div(p.a.rows, S::kRows), all.H);
+  const int head = at.head, b = at.b, h = at.h, m0 = at.block * S::kRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row0 = warp / S::kSplit * 16 * kMT, col0 = warp % S::kSplit * 8 * kDT;
 
   constexpr uint32_t kTileBytes = S::kCols * kWidth * sizeof(T);
   const Tile<T, kWidth> q{shared_address(smem)};
   const uint32_t stages = q.base + S::kRows * kWidth * sizeof(T);
-  const Matrix<T> qs(p.a.qk, b, h, p.a.rows, p.width), ks(p.b.qk, b, h, p.b.rows, p.width);
-  const Matrix<T> vs(p.b.v, b, h, p.b.rows, p.b.width_v);
   const Keep keep(p.b.keep, b);
+  // In shared memory: between loads they take no registers.
+  Matrix<T>* walked = reinterpret_cast<Matrix<T>*>(smem + smem_bytes<T, kWidth>()) - 2;
+  if (threadIdx.x == 0) {
+    walked[0] = Matrix<T>(p.b.qk, b, h, p.b.rows, p.width);
+    walked[1] = Matrix<T>(p.b.v, b, h, p.b.rows, p.b.width_v);
+  }
   const float unit = unit_of(p);
 
   float o[kMT][kDT][4], top[kMT][2], total[kMT][2];
@@ -43,11 +46,12 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads, 1)
 #pragma unroll
   for (int i = 0; i < 2 * kMT; ++i) top[i / 2][i % 2] = -kInf, total[i / 2][i % 2] = 0.0f;
 
-  load_tile<S::kRows, S::kThreads>(q, qs, m0, Keep());
+  load_tile<S::kRows, S::kThreads>(q, Matrix<T>(p.a.qk, b, h, p.a.rows, p.width), m0, Keep());
+  __syncthreads();  // orders the writes of `walked` before their reads
   const auto load = [&](int j, int stage) {
     const Tile<T, kWidth> k{stages + 2 * stage * kTileBytes}, v{k.base + kTileBytes};
-    load_tile<S::kCols, S::kThreads>(k, ks, j * S::kCols, keep);
-    load_tile<S::kCols, S::kThreads>(v, vs, j * S::kCols, keep);
+    load_tile<S::kCols, S::kThreads>(k, walked[0], j * S::kCols, keep);
+    load_tile<S::kCols, S::kThreads>(v, walked[1], j * S::kCols, keep);
   };
   walk<S::kStages>(static_cast<int>(ceil_div(p.b.rows, S::kCols)), load, [&](int j, int stage) {
     const Tile<T, kWidth> k{stages + 2 * stage * kTileBytes}, v{k.base + kTileBytes};

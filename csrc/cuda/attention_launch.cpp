@@ -107,16 +107,17 @@ void launch_resident(Regime& r, int64_t width, const Kernel& second, int64_t blo
 void launch_resident_fwd(Regime& r, const at::Tensor& on) {
   const Kernel k = merge(dtype_of(on));
   const Stream& s = r.problem.all.pair[0].b;
-  const int64_t rows = r.problem.all.B * r.problem.all.H * s.rows;
-  launch_resident(r, s.width_o, k, (rows + k.rows - 1) / k.rows, on);
+  const int64_t heads = r.problem.all.B * r.problem.all.H;
+  launch_resident(r, s.width_o, k, heads * ((s.rows + k.rows - 1) / k.rows), on);
 }
 
 void launch_resident_bwd(Regime& r, const at::Tensor& on) {
   const Kernel k = sum_chunks(dtype_of(on));
   const Pair& p = r.problem.all.pair[0];
-  const int64_t width = p.width + p.b.width_v;
-  const int64_t numbers = r.problem.all.B * r.problem.all.H * p.b.rows * width;
-  launch_resident(r, width, k, (numbers + k.rows - 1) / k.rows, on);
+  const int64_t heads = r.problem.all.B * r.problem.all.H;
+  const auto blocks = [&](int64_t width) { return (p.b.rows * width + k.rows - 1) / k.rows; };
+  const int64_t all = heads * (blocks(p.width) + blocks(p.b.width_v));
+  launch_resident(r, p.width + p.b.width_v, k, all, on);
 }
 
 void launch_fwd(Attention& all, const at::Tensor& on) {

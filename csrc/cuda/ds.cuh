@@ -7,7 +7,7 @@
 namespace fmm::cuda {
 
 // A finite number in base 2 near the lse of a head.
-__device__ inline float centre_of(const Pair& p, int64_t head) {
+__device__ inline float centre_of(const Pair& p, int head) {
   if (p.centre == nullptr) return 0.0f;
   const float c = static_cast<float>(p.centre[head * p.centre_stride]) * kLog2e;
   return fabsf(c) < 1e30f ? c : 0.0f;
@@ -16,38 +16,43 @@ __device__ inline float centre_of(const Pair& p, int64_t head) {
 // Statistics of a lane's two rows of a.
 struct RowStats {
   float hi[2], lo[2], delta[2], c[2], up[2], down[2];
-  bool keep[2], all;  // as keys; all: of the whole warp
+  uint32_t kept;  // as keys: a bit a row; bit 2: the whole warp's
   float far;
 
-  __device__ RowStats(const Stream& a, const Keep& kept, int64_t head, int row0, float centre,
-                      int64_t heads) {
-    const Stats& st = a.stats;
+  __device__ RowStats(const Stream& a, const Keep& keys, int head, int row0, float centre,
+                      int heads) {
     const int lane = threadIdx.x % 32;
-    const int64_t step = heads * st.padded, base = head * st.padded + row0 + lane / 4;
-    far = st.far[(head * st.padded + row0) / 16];
+    far = a.stats.far[head * (a.stats.padded >> 4) + (row0 >> 4)];
+    read(hi, kHi, a, head, row0, heads), read(lo, kLo, a, head, row0, heads);
+    read(up, kUp, a, head, row0, heads), read(down, kDown, a, head, row0, heads);
+    read(delta, kDelta, a, head, row0, heads);
+    kept = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float* at = st.data + base + 8 * r;
-      hi[r] = at[kHi * step], lo[r] = at[kLo * step], delta[r] = at[kDelta * step];
-      up[r] = at[kUp * step], down[r] = at[kDown * step];
       c[r] = 0.5f * (hi[r] + centre);
       const int row = row0 + lane / 4 + 8 * r;
-      keep[r] = row < a.rows && kept.at(row);
+      kept |= uint32_t{row < a.rows && keys.at(row)} << r;
     }
-    all = __all_sync(~0u, keep[0] && keep[1]);
+    kept |= uint32_t{__all_sync(~0u, kept == 3) != 0} << 2;
+  }
+  __device__ bool keep(int r) const { return kept >> r & 1; }
+  __device__ bool all() const { return kept >> 2; }
+  static __device__ void read(float (&x)[2], int stat, const Stream& a, int head, int row0,
+                              int heads) {
+    const int64_t row = (int64_t{heads} * stat + head) * a.stats.padded + row0;
+    const float* at = a.stats.data + row + threadIdx.x % 32 / 4;
+    x[0] = at[0], x[1] = at[8];
   }
 };
 
 // Starts the copy of the statistics of rows [n0, n0 + kCols) to [kStats, kCols] floats.
 template <int kCols, int kThreads>
-__device__ inline void load_stats(uint32_t to, const Stream& b, int64_t head, int n0,
-                                  int64_t heads) {
-  static_assert(kStatRows % kCols == 0);
-  for (int i = threadIdx.x; i < kStats * kCols / 4; i += kThreads) {
-    const int stat = i / (kCols / 4), at = i % (kCols / 4) * 4;
-    const int64_t row = (stat * heads + head) * b.stats.padded + n0 + at;
-    cp_async16(to + i * 16, b.stats.data + row, 16);
-  }
+__device__ inline void load_stats(uint32_t to, const Stream& b, int head, int n0, int heads) {
+  static_assert(kStatRows % kCols == 0 && kStats * kCols / 4 <= kThreads);
+  const int stat = threadIdx.x / (kCols / 4), at = threadIdx.x % (kCols / 4) * 4;
+  if (stat >= kStats) return;
+  const float* from = b.stats.data + (int64_t{heads} * stat + head) * b.stats.padded;
+  cp_async16(to + threadIdx.x * 16, from + n0 + at, 16);
 }
 
 __device__ inline float2 load_shared2(uint32_t address) {
@@ -62,21 +67,26 @@ struct Tiles {
   Tile<T, kWidth> qk, v, d_o;
 };
 
-// Loads kRows rows of a stream: qk, v if its tokens are keys, d_o if they are queries. What is a
+// Where a stream's rows come from: qk, v if its tokens are keys, d_o if they are queries. What is a
 // key alone may hold anything where it is masked.
+template <typename T>
+struct Sources {
+  Matrix<T> qk, v, d_o;
+  Keep qk_keep, v_keep;
+
+  __device__ Sources(const Stream& s, int64_t width, int b, int h, bool queries)
+      : qk(s.qk, b, h, s.rows, width),
+        v(s.v, b, h, s.rows, s.width_v),
+        d_o(s.d_o, b, h, s.rows, s.width_o),
+        qk_keep(queries ? Keep() : Keep(s.keep, b)),
+        v_keep(s.keep, b) {}
+};
+
 template <int kRows, int kThreads, bool kV, bool kGrad, typename T, int kWidth>
-__device__ inline void load_tiles(const Tiles<T, kWidth>& t, const Stream& s, int64_t width,
-                                  int64_t b, int64_t h, int row0) {
-  const Keep keys = kGrad ? Keep() : Keep(s.keep, b);
-  load_tile<kRows, kThreads>(t.qk, Matrix<T>(s.qk, b, h, s.rows, width), row0, keys);
-  if constexpr (kV) {
-    const Matrix<T> v(s.v, b, h, s.rows, s.width_v);
-    load_tile<kRows, kThreads>(t.v, v, row0, Keep(s.keep, b));
-  }
-  if constexpr (kGrad) {
-    const Matrix<T> d_o(s.d_o, b, h, s.rows, s.width_o);
-    load_tile<kRows, kThreads>(t.d_o, d_o, row0, Keep());
-  }
+__device__ inline void load_tiles(const Tiles<T, kWidth>& t, const Sources<T>& s, int row0) {
+  load_tile<kRows, kThreads>(t.qk, s.qk, row0, s.qk_keep);
+  if constexpr (kV) load_tile<kRows, kThreads>(t.v, s.v, row0, s.v_keep);
+  if constexpr (kGrad) load_tile<kRows, kThreads>(t.d_o, s.d_o, row0, Keep());
 }
 
 // s [16, 8 * kNT] of one warp into ds (before the clamp's gate) and pf_row, pf_col, which are the
@@ -85,13 +95,12 @@ __device__ inline void load_tiles(const Tiles<T, kWidth>& t, const Stream& s, in
 template <bool kRow, bool kCol, typename T, int kNT, int kWidth>
 __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4],
                                float (&pf_col)[1][kNT][4], uint64_t (&passes)[1],
-                               const Attention& all, const Pair& p, int64_t b, int64_t h,
+                               const Attention& all, const Pair& p, int b, int h,
                                const Tiles<T, kWidth>& ta, const Tiles<T, kWidth>& tb,
-                               uint32_t cols, const RowStats& a, float centre, int local0, int row0,
-                               int n0) {
+                               uint32_t cols, const RowStats& a, int local0, int row0, int n0) {
   constexpr uint32_t kStride = kNT * 8 * sizeof(float);
   const int lane = threadIdx.x % 32;
-  const int64_t head = b * all.H + h;
+  const int heads = static_cast<int>(all.B * all.H), head = b * static_cast<int>(all.H) + h;
   const float unit = unit_of(p);
   cols += lane % 4 * 8;
   clear(ds);
@@ -99,10 +108,9 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
   s_tile(ds, p, b, h, row0, n0, passes);
   float far = a.far;
   if constexpr (kRow && kCol) {
+    const float* far_b = p.b.stats.far + head * (p.b.stats.padded >> 4) + (n0 >> 4);
 #pragma unroll
-    for (int i = 0; i < kNT * 8; i += 16) {
-      far = fmaxf(far, p.b.stats.far[(head * p.b.stats.padded + n0 + i) / 16]);
-    }
+    for (int i = 0; i < kNT / 2; ++i) far = fmaxf(far, far_b[i]);
   }
   // One exp for both while every factor stays within 2^43.
   if (kRow && kCol && far <= 43.0f) {
@@ -119,12 +127,17 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
       }
     }
   } else {
+    float row_hi[2] = {a.hi[0], a.hi[1]}, row_lo[2] = {a.lo[0], a.lo[1]};
+    if constexpr (kRow && kCol) {  // rare: not kept in registers
+      RowStats::read(row_hi, kHi, p.a, head, row0, heads);
+      RowStats::read(row_lo, kLo, p.a, head, row0, heads);
+    }
 #pragma unroll
     for (int n = 0; n < kNT; ++n) {
       if constexpr (kRow) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          pf_row[0][n][i] = exp2_fast(fmaf(ds[0][n][i], unit, -a.hi[i / 2]) - a.lo[i / 2]);
+          pf_row[0][n][i] = exp2_fast(fmaf(ds[0][n][i], unit, -row_hi[i / 2]) - row_lo[i / 2]);
         }
       }
       if constexpr (kCol) {
@@ -170,21 +183,23 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
       drop_bits<1, kNT>(on, all.dropout, p.drop_b, p.flip, head, row0, n0);
       drop_tile(dp[0], on[0], all.dropout.factor);
     }
-    const bool whole = inside.all && a.all;
 #pragma unroll
     for (int n = 0; n < kNT; ++n) {
       const float2 delta = load_shared2(cols + kDelta * kStride + n * 32);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x = pf_col[0][n][i] * (dp[0][n][i] - (i % 2 ? delta.y : delta.x));
-        ds[0][n][i] += whole || (inside.has(n, i) && a.keep[i / 2]) ? x : 0.0f;
-      }
+      for (int i = 0; i < 4; ++i) dp[0][n][i] -= i % 2 ? delta.y : delta.x;
     }
-    if (!whole) {
+    if (!inside.all || !a.all()) {
 #pragma unroll
       for (int i = 0; i < kNT * 4; ++i) {
-        if (!inside.has(i / 4, i % 4) || !a.keep[i % 4 / 2]) pf_col[0][i / 4][i % 4] = 0.0f;
+        if (!inside.has(i / 4, i % 4) || !a.keep(i % 4 / 2)) {
+          dp[0][i / 4][i % 4] = pf_col[0][i / 4][i % 4] = 0.0f;
+        }
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kNT * 4; ++i) {
+      ds[0][i / 4][i % 4] += pf_col[0][i / 4][i % 4] * dp[0][i / 4][i % 4];
     }
     if (all.dropout.on) drop_tile(pf_col[0], on[0], all.dropout.factor);
   }

@@ -48,33 +48,43 @@ __device__ inline void finish(Frag<T, kRegs>& f) {
   }
 }
 
-__device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                const float (&from)[4]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      "{%10,%11,%12,%13};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(from[0]),
+        "f"(from[1]), "f"(from[2]), "f"(from[3]));
 }
 
+// c = a * b + from; `from` may be c.
 template <typename T>
-__device__ inline void mma(float (&c)[4], const FragA<T>& a, const FragB<T>& b) {
+__device__ inline void mma(float (&c)[4], const FragA<T>& a, const FragB<T>& b,
+                           const float (&from)[4]) {
   if constexpr (sizeof(T) == 4) {
     float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    mma_tf32(step, a.low, b.r);
-    mma_tf32(step, a.r, b.low);
-    mma_tf32(step, a.r, b.r);
+    mma_tf32(step, a.low, b.r, step);
+    mma_tf32(step, a.r, b.low, step);
+    mma_tf32(step, a.r, b.r, step);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) c[i] += step[i];
+    for (int i = 0; i < 4; ++i) c[i] = from[i] + step[i];
   } else if constexpr (std::is_same_v<T, __half>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
+        "{%10,%11,%12,%13};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]),
+          "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
+        "{%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]),
+          "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]));
   }
+}
+template <typename T>
+__device__ inline void mma(float (&c)[4], const FragA<T>& a, const FragB<T>& b) {
+  mma<T>(c, a, b, c);
 }
 
 template <bool kTrans>
@@ -96,9 +106,9 @@ __device__ inline void ldmatrix(uint32_t (&a)[2], uint32_t (&b)[2], uint32_t add
 template <typename T, int kWidth>
 __device__ inline void load_a(FragA<T>& f, Tile<T, kWidth> tile, int row, int k) {
   const int lane = threadIdx.x % 32;
-  const uint32_t at = tile.address(row + lane % 16, (lane / 16) * (16 / sizeof(T)));
+  const uint32_t at = tile.offset(row + lane % 16, (lane / 16) * (16 / sizeof(T)));
   uint32_t lo[2], hi[2];
-  ldmatrix<false>(lo, hi, along(at, k * static_cast<int>(sizeof(T))));
+  ldmatrix<false>(lo, hi, tile.along(at, k));
   f.r[0] = lo[0], f.r[1] = lo[1], f.r[2] = hi[0], f.r[3] = hi[1];
   finish(f);
 }
@@ -108,8 +118,8 @@ template <typename T, int kWidth>
 __device__ inline void load_b(FragB<T> (&f)[2], Tile<T, kWidth> tile, int row, int k) {
   const int lane = threadIdx.x % 32;
   const int r = row + lane % 8 + (lane / 16) * 8;
-  const uint32_t at = tile.address(r, (lane / 8 % 2) * (16 / sizeof(T)));
-  ldmatrix<false>(f[0].r, f[1].r, along(at, k * static_cast<int>(sizeof(T))));
+  const uint32_t at = tile.offset(r, (lane / 8 % 2) * (16 / sizeof(T)));
+  ldmatrix<false>(f[0].r, f[1].r, tile.along(at, k));
   finish(f[0]);
   finish(f[1]);
 }
@@ -120,14 +130,14 @@ template <typename T, int kWidth>
 __device__ inline void load_bt(FragB<T> (&f)[2], Tile<T, kWidth> tile, int k, int col) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
-    const uint32_t at = tile.address(k + lane % 16, (lane / 16) * 8);
-    ldmatrix<true>(f[0].r, f[1].r, along(at, col * 2));
+    const uint32_t at = tile.offset(k + lane % 16, (lane / 16) * 8);
+    ldmatrix<true>(f[0].r, f[1].r, tile.along(at, col));
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t at = tile.address(k + lane % 4 * 2 + i, lane / 4);
-      f[0].r[i] = load_shared(along(at, col * 4));
-      f[1].r[i] = load_shared(along(at, (col + 8) * 4));
+      const uint32_t at = tile.offset(k + lane % 4 * 2 + i, lane / 4);
+      f[0].r[i] = load_shared(tile.along(at, col));
+      f[1].r[i] = load_shared(tile.along(at, col + 8));
     }
     finish(f[0]);
     finish(f[1]);
@@ -139,16 +149,16 @@ template <typename T, int kWidth>
 __device__ inline void load_at(FragA<T>& f, Tile<T, kWidth> tile, int k, int col) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
-    const uint32_t at = tile.address(k + lane % 8 + lane / 16 * 8, (lane / 8 % 2) * 8);
+    const uint32_t at = tile.offset(k + lane % 8 + lane / 16 * 8, (lane / 8 % 2) * 8);
     uint32_t lo[2], hi[2];
-    ldmatrix<true>(lo, hi, along(at, col * 2));
+    ldmatrix<true>(lo, hi, tile.along(at, col));
     f.r[0] = lo[0], f.r[1] = lo[1], f.r[2] = hi[0], f.r[3] = hi[1];
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t at = tile.address(k + lane % 4 * 2 + i, lane / 4);
-      f.r[2 * i] = load_shared(along(at, col * 4));
-      f.r[2 * i + 1] = load_shared(along(at, (col + 8) * 4));
+      const uint32_t at = tile.offset(k + lane % 4 * 2 + i, lane / 4);
+      f.r[2 * i] = load_shared(tile.along(at, col));
+      f.r[2 * i + 1] = load_shared(tile.along(at, col + 8));
     }
     finish(f);
   }
@@ -189,7 +199,8 @@ __device__ inline void clear(float (&c)[kMT][kNT][4]) {
 template <typename T, int kMT, int kNT, int kWidth>
 __device__ inline void dot_tile(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int row,
                                 Tile<T, kWidth> b) {
-#pragma unroll
+// fp32 in parts: ptxas loads as far ahead as code is straight, until registers spill.
+#pragma unroll(sizeof(T) == 4 ? 4 : kWidth / kStep<T>)
   for (int k = 0; k < kWidth; k += kStep<T>) {
     FragA<T> fa[kMT];
 #pragma unroll
@@ -218,11 +229,11 @@ __device__ inline void dot_scores(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, in
     const int lane = threadIdx.x % 32;
 #pragma unroll 4
     for (int k = 0; k < kWidth; k += 4) {
-      const float4 x[2] = {load_shared4(a.address(row + lane / 4, k)),
-                           load_shared4(a.address(row + lane / 4 + 8, k))};
+      const float4 x[2] = {load_shared4(a.along(a.offset(row + lane / 4, 0), k)),
+                           load_shared4(a.along(a.offset(row + lane / 4 + 8, 0), k))};
 #pragma unroll
       for (int i = 0; i < 2 * kNT; ++i) {
-        const float4 y = load_shared4(b.address(i / 2 * 8 + lane % 4 * 2 + i % 2, k));
+        const float4 y = load_shared4(b.along(b.offset(i / 2 * 8 + lane % 4 * 2 + i % 2, 0), k));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float& s = c[0][i / 2][2 * r + i % 2];

@@ -7,14 +7,16 @@
 namespace fmm::cuda {
 namespace {
 
-// Shared memory: b's tiles; per stage a's tiles; ds and pf_row of a tile; b's statistics.
+// Shared memory: b's tiles; per stage a's tiles; ds and pf_row of a tile; b's statistics; where
+// a's rows come from.
 template <typename T, int kWidth, typename S>
 struct Layout {
   static constexpr uint32_t kB = S::kCols * kWidth * sizeof(T), kA = S::kRows * kWidth * sizeof(T);
   static constexpr uint32_t kP = 3 * (kB + S::kStages * kA);
   static constexpr uint32_t kEachP = S::kRows * S::kCols * sizeof(T);
   static constexpr uint32_t kStat = kP + 2 * kEachP;
-  static constexpr uint32_t kBytes = kStat + kStats * S::kCols * sizeof(float);
+  static constexpr uint32_t kSources = kStat + kStats * S::kCols * sizeof(float);
+  static constexpr uint32_t kBytes = kSources + sizeof(Sources<T>);
 
   static __device__ Tiles<T, kWidth> resident(uint32_t at) {
     return {{at}, {at + kB}, {at + 2 * kB}};
@@ -56,9 +58,10 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   const Attention& all = p.all;
   const Pair& pair = all.pair[0];
   const Stream &a = pair.a, &other = pair.b;
-  const int64_t heads = all.B * all.H;
-  const int64_t head = blockIdx.x / p.chunks, b = head / all.H, h = head % all.H;
-  const int start = static_cast<int>(blockIdx.x % p.chunks * p.chunk);
+  const int heads = static_cast<int>(all.B * all.H);
+  const Place place(blockIdx.x, p.chunks, all.H);
+  const int head = place.head, b = place.b, h = place.h;
+  const int start = place.block * static_cast<int>(p.chunk);
   const int end = static_cast<int>(min(start + p.chunk, a.rows));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = warp * 16;
   const int group0 = warp % S::kGroups * 16 * kMC, col0 = warp / S::kGroups * 8 * kDC;
@@ -71,13 +74,17 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   const Keep keep_a(a.keep, b), keep_b(other.keep, b);
   const float centre = centre_of(pair, head);
 
-  load_tiles<S::kCols, S::kThreads, true, true>(tb, other, pair.width, b, h, 0);
+  // In shared memory: between loads they take no registers.
+  Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
+  if (threadIdx.x == 0) walked = Sources<T>(a, pair.width, b, h, true);
+  load_tiles<S::kCols, S::kThreads, true, true>(tb, Sources<T>(other, pair.width, b, h, true), 0);
+  __syncthreads();  // orders the write of `walked` before its reads
   load_stats<S::kCols, S::kThreads>(base + L::kStat, other, head, 0, heads);
   float dqk[kMC][kDC][4], dv[kMC][kDC][4];
   clear(dqk);
   clear(dv);
   const auto load = [&](int j, int stage) {
-    load_tiles<S::kRows, S::kThreads, true, true>(L::stage(base, stage), a, pair.width, b, h,
+    load_tiles<S::kRows, S::kThreads, true, true>(L::stage(base, stage), walked,
                                                   start + j * S::kRows);
   };
   walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
@@ -89,15 +96,22 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
       float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
       uint64_t passes[1];
       ds_tile<true, true>(ds, pf_row, pf_col, passes, all, pair, b, h, ta, tb, base + L::kStat,
-                          stats, centre, row0, m0 + row0, 0);
+                          stats, row0, m0 + row0, 0);
+      if (!pair.plain) {
 #pragma unroll
-      for (int i = 0; i < kNT * 4; ++i) {
-        const bool on = m0 + row0 + lane / 4 + i % 4 / 2 * 8 < a.rows;
-        ds[0][i / 4][i % 4] = on ? gate(passes[0], i, ds[0][i / 4][i % 4]) : 0.0f;
-        if (!on) pf_row[0][i / 4][i % 4] = 0.0f;
+        for (int i = 0; i < kNT * 4; ++i) {
+          ds[0][i / 4][i % 4] = gate(passes[0], i, ds[0][i / 4][i % 4]);
+        }
+      }
+      if (m0 + row0 + 16 > a.rows) {
+#pragma unroll
+        for (int i = 0; i < kNT * 4; ++i) {
+          const bool on = m0 + row0 + lane / 4 + i % 4 / 2 * 8 < a.rows;
+          if (!on) ds[0][i / 4][i % 4] = pf_row[0][i / 4][i % 4] = 0.0f;
+        }
       }
       if (a.dv) {
-        const float factor[2] = {stats.keep[0] ? 1.0f : 0.0f, stats.keep[1] ? 1.0f : 0.0f};
+        const float factor[2] = {stats.keep(0) ? 1.0f : 0.0f, stats.keep(1) ? 1.0f : 0.0f};
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &pf_col[0][2 * i]);
         finish_rows<S>(a.dv, head, a.rows, end, m0 + row0, a.width_v, frag, tb.d_o, factor, room);
@@ -145,21 +159,24 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   }
 }
 
-// The resident stream's gradients from the chunks' shares, in order; one thread a number.
+// The resident stream's gradients from the chunks' shares, in order; four numbers a thread.
 template <typename T>
 __global__ void __launch_bounds__(128) sum_kernel(const __grid_constant__ Resident p) {
   const Stream& s = p.all.pair[0].b;
-  const int64_t one = s.rows * p.all.pair[0].width, both = one + s.rows * s.width_v;
-  const int64_t i = int64_t{blockIdx.x} * 128 + threadIdx.x;
-  if (i >= p.all.B * p.all.H * both) return;
-  const int64_t head = i / both, at = i % both;
-  float sum = 0.0f;
-  for (int64_t c = 0; c < p.chunks; ++c) sum += p.part[(head * p.chunks + c) * both + at];
-  if (at < one) {
-    if (s.dqk) static_cast<T*>(s.dqk)[head * one + at] = static_cast<T>(sum);
-  } else if (s.dv) {
-    static_cast<T*>(s.dv)[head * (both - one) + at - one] = static_cast<T>(sum);
-  }
+  const int one = static_cast<int>(s.rows * p.all.pair[0].width);
+  const int both = one + static_cast<int>(s.rows * s.width_v);
+  const Place place(blockIdx.x, ceil_div(one, 512) + ceil_div(both - one, 512), p.all.H);
+  const int blocks = static_cast<int>(ceil_div(one, 512));
+  const bool values = place.block >= blocks;
+  const int from = values ? one : 0, size = values ? both - one : one;
+  const int i = ((values ? place.block - blocks : place.block) * 128 + threadIdx.x) * 4;
+  void* out = values ? s.dv : s.dqk;
+  if (out == nullptr || i >= size) return;
+  const int chunks = static_cast<int>(p.chunks);
+  const float* part = p.part + int64_t{place.head} * chunks * both + from;
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int c = 0; c < chunks; ++c) add_scaled4(sum, 1.0f, part + int64_t{c} * both, i, size);
+  put4(static_cast<T*>(out) + int64_t{place.head} * size, sum, i, size);
 }
 
 template <typename T, int kWidth>
@@ -185,7 +202,7 @@ Kernel resident_bwd(DType dtype, int width, int64_t cols) {
 Kernel sum_chunks(DType dtype) {
   return pick(dtype, 32, [](auto type, auto) {
     using T = typename decltype(type)::Type;
-    return Kernel{reinterpret_cast<const void*>(&sum_kernel<T>), 128, 0, 128, 0};
+    return Kernel{reinterpret_cast<const void*>(&sum_kernel<T>), 512, 0, 128, 0};
   });
 }
 

@@ -20,13 +20,14 @@ struct Columns {
   float most[S::kWarps][S::kCols], top[S::kWarps];
 };
 
-// Shared memory: b's qk and v; per stage a's qk and v; p_col; Columns.
+// Shared memory: b's qk and v; per stage a's qk and v; p_col; Columns; where a's rows come from.
 template <typename T, int kWidth, typename S>
 struct Layout {
   static constexpr uint32_t kB = S::kCols * kWidth * sizeof(T), kA = S::kRows * kWidth * sizeof(T);
   static constexpr uint32_t kP = 2 * kB + 2 * S::kStages * kA;
   static constexpr uint32_t kState = kP + S::kRows * S::kCols * sizeof(T);
-  static constexpr uint32_t kBytes = kState + sizeof(Columns<S>);
+  static constexpr uint32_t kSources = kState + (sizeof(Columns<S>) + 7) / 8 * 8;
+  static constexpr uint32_t kBytes = kSources + 2 * sizeof(Matrix<T>);
 
   static __device__ uint32_t stage(uint32_t base, int i) { return base + 2 * kB + 2 * i * kA; }
 };
@@ -83,8 +84,9 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   const Attention& all = p.all;
   const Pair& pair = all.pair[0];
   const Stream &a = pair.a, &other = pair.b;
-  const int64_t head = blockIdx.x / p.chunks, b = head / all.H, h = head % all.H;
-  const int start = static_cast<int>(blockIdx.x % p.chunks * p.chunk);
+  const Place place(blockIdx.x, p.chunks, all.H);
+  const int head = place.head, b = place.b, h = place.h;
+  const int start = place.block * static_cast<int>(p.chunk);
   const int end = static_cast<int>(min(start + p.chunk, a.rows));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = warp * 16;
   const int group0 = warp % S::kGroups * 16 * kMC, col0 = warp / S::kGroups * 8 * kDC;
@@ -94,9 +96,14 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   const Tile<T, kCols> p_col{base + L::kP};
   const Tile<T, S::kChunk> room{p_col.base + row0 * kCols * static_cast<uint32_t>(sizeof(T))};
   Columns<S>& state = *reinterpret_cast<Columns<S>*>(smem + L::kState);
-  const Matrix<T> qk_as(a.qk, b, h, a.rows, pair.width), v_as(a.v, b, h, a.rows, a.width_v);
   const Keep keep_a(a.keep, b), keep_b(other.keep, b);
-  const ColumnBits<kNT> kept(keep_b, 0, other.rows), inside(Keep(), 0, other.rows);
+  // In shared memory: between loads they take no registers.
+  Matrix<T>* walked = reinterpret_cast<Matrix<T>*>(smem + L::kSources);
+  if (threadIdx.x == 0) {
+    walked[0] = Matrix<T>(a.qk, b, h, a.rows, pair.width);
+    walked[1] = Matrix<T>(a.v, b, h, a.rows, a.width_v);
+  }
+  const ColumnBits<kNT> kept(keep_b, 0, other.rows);
   const float unit = unit_of(pair);
 
   load_tile<kCols, S::kThreads>(qk_b, Matrix<T>(other.qk, b, h, other.rows, pair.width), 0, Keep());
@@ -108,11 +115,12 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
 #pragma unroll
   for (int i = 0; i < 2 * kNT; ++i) total[i / 2][i % 2] = 0.0f;
   bool stale = true;
+  __syncthreads();  // orders the writes of `walked` before their reads
 
   const auto load = [&](int j, int stage) {
     const Tile<T, kWidth> qk{L::stage(base, stage)}, v{qk.base + L::kA};
-    load_tile<S::kRows, S::kThreads>(qk, qk_as, start + j * S::kRows, Keep());
-    load_tile<S::kRows, S::kThreads>(v, v_as, start + j * S::kRows, keep_a);
+    load_tile<S::kRows, S::kThreads>(qk, walked[0], start + j * S::kRows, Keep());
+    load_tile<S::kRows, S::kThreads>(v, walked[1], start + j * S::kRows, keep_a);
   };
   walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
     const Tile<T, kWidth> qk_a{L::stage(base, stage)}, v_a{qk_a.base + L::kA};
@@ -126,19 +134,23 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       clear(s);
       dot_tile(s, qk_a, row0, qk_b);
       s_tile(s, pair, b, h, m0 + row0, 0, passes);
-      if (!inside.all) {
+      if (other.rows < kCols) {
 #pragma unroll
         for (int i = 0; i < kNT * 4; ++i) {
-          if (!inside.has(i / 4, i % 4)) s[0][i / 4][i % 4] = -kInf;
+          if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= other.rows) s[0][i / 4][i % 4] = -kInf;
         }
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float most = -kInf;
+        if (kept.all) {
 #pragma unroll
-        for (int i = 0; i < 2 * kNT; ++i) {
-          const float x = s[0][i / 2][2 * r + i % 2];
-          most = fmaxf(most, kept.all || kept.has(i / 2, i) ? x : -kInf);
+          for (int i = 0; i < 2 * kNT; ++i) most = fmaxf(most, s[0][i / 2][2 * r + i % 2]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 2 * kNT; ++i) {
+            most = fmaxf(most, kept.has(i / 2, i) ? s[0][i / 2][2 * r + i % 2] : -kInf);
+          }
         }
         u[r] = finite_or(quad_max(most) * unit, 0.0f);
       }
@@ -169,7 +181,14 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         for (int i = 0; i < 4 * kNT; ++i) {
           float& x = s[0][i / 4][i % 4];
           x = exp2_fast(fmaf(x, unit, -u[i % 4 / 2]));
-          sum[i % 4 / 2] += kept.all || kept.has(i / 4, i % 4) ? x : 0.0f;
+          sum[i % 4 / 2] += x;
+        }
+        if (!kept.all) {
+          sum[0] = sum[1] = 0.0f;
+#pragma unroll
+          for (int i = 0; i < 4 * kNT; ++i) {
+            sum[i % 4 / 2] += kept.has(i / 4, i % 4) ? s[0][i / 4][i % 4] : 0.0f;
+          }
         }
         FragA<T> frag[kSteps];
         if (kept.all && !all.dropout.on) {
@@ -198,7 +217,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
           sum[r] = quad_sum(sum[r]);
           inverse[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
           if (lane % 4 == 0 && row + 8 * r < end) {
-            const double lse2 = static_cast<double>(u[r]) + log2f(sum[r]);
+            const double lse2 = static_cast<double>(u[r]) + log2_fast(sum[r]);
             a.lse[head * a.rows + row + 8 * r] = sum[r] == 0.0f ? -kInf : lse2 * kLn2;
           }
         }
@@ -231,8 +250,9 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < 2 * kNT; ++i) {
         part[i / 2][i % 2] = s[0][i / 2][i % 2] + s[0][i / 2][i % 2 + 2];
-        if (!again) over = over || !(part[i / 2][i % 2] <= 2048.0f);
+        over = over || part[i / 2][i % 2] > 2048.0f;
       }
+      over = over && !again;
       if (all.dropout.on) {
         uint64_t on[1];
         drop_bits<1, kNT>(on, all.dropout, pair.drop_b, pair.flip, head, m0 + row0, 0);
@@ -261,7 +281,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
     for (int w = 0; w < S::kWarps; ++w) sum += state.most[w][n];
     state.total[n] = sum == 0.0f ? 0.0f : 1.0f / sum;
     const double lse2 =
-        sum == 0.0f ? -kInf : static_cast<double>(finite_or(state.ref[n], 0.0f)) + log2f(sum);
+        sum == 0.0f ? -kInf : static_cast<double>(finite_or(state.ref[n], 0.0f)) + log2_fast(sum);
     if (n < other.rows) {
       if (p.chunks > 1) {
         p.part_lse[blockIdx.x * other.rows + n] = lse2;
@@ -289,32 +309,37 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   }
 }
 
-// o and lse of the resident stream from the chunks' shares, in order. A warp owns a row.
+// o and lse of the resident stream from the chunks' shares, in order; 16 lanes a row.
 template <typename T>
 __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ Resident p) {
   const Stream& s = p.all.pair[0].b;
-  const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
-  if (row >= p.all.B * p.all.H * s.rows) return;
-  const int64_t first = row / s.rows * p.chunks * s.rows + row % s.rows;
-  double top = -kInf, total = 0.0;
-  for (int64_t c = 0; c < p.chunks; ++c) top = fmax(top, p.part_lse[first + c * s.rows]);
+  const int rows = static_cast<int>(s.rows), width = static_cast<int>(s.width_o);
+  const int chunks = static_cast<int>(p.chunks), lane = threadIdx.x % 16;
+  const Place place(blockIdx.x, ceil_div(rows, 8), p.all.H);
+  const int row = place.block * 8 + threadIdx.x / 16;
+  if (row >= rows) return;
+  const int64_t first = int64_t{place.head} * chunks * rows + row;
+  const int64_t out = int64_t{place.head} * rows + row;
+  const double* lse = p.part_lse + first;
+  double top = -kInf;
+  for (int c = 0; c < chunks; ++c) top = fmax(top, lse[c * rows]);
   if (top == -kInf) top = 0.0;
-  for (int64_t c = 0; c < p.chunks; ++c) {
-    total += exp2f(static_cast<float>(p.part_lse[first + c * s.rows] - top));
-  }
-  for (int64_t d = threadIdx.x % 32; d < s.width_o; d += 32) {
-    float sum = 0.0f;
-    for (int64_t c = 0; c < p.chunks; ++c) {
-      const float weight = exp2f(static_cast<float>(p.part_lse[first + c * s.rows] - top));
-      sum += weight * p.part[(first + c * s.rows) * s.width_o + d];
+  float total = 0.0f;
+  for (int c = 0; c < chunks; ++c) total += exp2_fast(static_cast<float>(lse[c * rows] - top));
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  T* to = static_cast<T*>(s.o) + out * width;
+#pragma unroll 1
+  for (int d = lane * 4; d < width; d += 64) {
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int c = 0; c < chunks; ++c) {
+      const float weight = exp2_fast(static_cast<float>(lse[c * rows] - top));
+      add_scaled4(sum, weight, p.part + (first + c * rows) * width, d, width);
     }
-    const float o = total == 0.0 ? 0.0f : sum / static_cast<float>(total);
-    static_cast<T*>(s.o)[row * s.width_o + d] = static_cast<T>(o);
+#pragma unroll
+    for (float& x : sum) x *= inverse;
+    put4(to, sum, d, width);
   }
-  if (threadIdx.x % 32 == 0) {
-    const double lse2 = top + log2f(static_cast<float>(total));
-    s.lse[row] = total == 0.0 ? -kInf : lse2 * kLn2;
-  }
+  if (lane == 0) s.lse[out] = total == 0.0f ? -kInf : (top + log2_fast(total)) * kLn2;
 }
 
 template <typename T, int kWidth, int kCols>
@@ -347,7 +372,7 @@ Kernel resident_fwd(DType dtype, int width, int64_t cols) {
 Kernel merge(DType dtype) {
   return pick(dtype, 32, [](auto type, auto) {
     using T = typename decltype(type)::Type;
-    return Kernel{reinterpret_cast<const void*>(&merge_kernel<T>), 4, 0, 128, 0};
+    return Kernel{reinterpret_cast<const void*>(&merge_kernel<T>), 8, 0, 128, 0};
   });
 }
 

@@ -16,6 +16,13 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+// Off by at most 2^-22 of the result, or 2^-22.6 near 1.
+__device__ inline float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // x, with -inf replaced: the only guard of (-inf) - (-inf).
 __device__ inline float finite_or(float x, float other) { return x == -kInf ? other : x; }
 
@@ -38,8 +45,8 @@ using Bits = uint64_t[kMT];
 // Raw scores: the product itself if plain, else clamp(scale * product) + bias. `passes` gets where
 // the clamp lets gradient through. (row0, col0) is the tile's place in [rows, cols].
 template <int kMT, int kNT>
-__device__ inline void s_tile(float (&s)[kMT][kNT][4], const Pair& p, int64_t b, int64_t h,
-                              int row0, int col0, uint64_t (&passes)[kMT]) {
+__device__ inline void s_tile(float (&s)[kMT][kNT][4], const Pair& p, int b, int h, int row0,
+                              int col0, uint64_t (&passes)[kMT]) {
 #pragma unroll
   for (int m = 0; m < kMT; ++m) passes[m] = ~uint64_t{0};
   if (p.plain) return;
@@ -112,7 +119,7 @@ __device__ inline uint4 philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c
 // four columns, which exchange their bits.
 template <int kMT, int kNT>
 __device__ inline void drop_bits(uint64_t (&keep)[kMT], const Dropout& drop, int direction,
-                                 bool flip, int64_t head, int row0, int col0) {
+                                 bool flip, int head, int row0, int col0) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int j = g % 4;
 #pragma unroll

@@ -51,17 +51,20 @@ struct Tile {
   static __device__ int swizzle(int row) {
     return kChunks >= 8 ? row % 8 : row / (8 / (kChunks < 8 ? kChunks : 8)) % kChunks;
   }
-  __device__ uint32_t address(int row, int col) const {
+  // Bytes from the base to an element.
+  static __device__ uint32_t offset(int row, int col) {
     const int chunk = (col / kPer16) ^ swizzle(row);
-    return base + row * kRowBytes + chunk * 16 + col % kPer16 * static_cast<int>(sizeof(T));
+    return row * kRowBytes + chunk * 16 + col % kPer16 * static_cast<int>(sizeof(T));
+  }
+  __device__ uint32_t address(int row, int col) const { return base + offset(row, col); }
+  // The address `cols` columns after that at `offset`, whose own column is below the first multiple
+  // of `cols`. The swizzle permutes chunks inside 128 bytes only: tiles share the permuted offsets,
+  // and what is beyond is an immediate.
+  __device__ uint32_t along(uint32_t offset, int cols) const {
+    const int bytes = cols * static_cast<int>(sizeof(T));
+    return base + (offset ^ (bytes & 127)) + (bytes & ~127);
   }
 };
-
-// The address `bytes` further along a row: the swizzle permutes chunks inside 128 bytes only, so
-// that the rest is an immediate offset.
-__device__ inline uint32_t along(uint32_t address, int bytes) {
-  return (address ^ (bytes & 127)) + (bytes & ~127);
-}
 
 // Copies `bytes` of 16 and fills the rest with zeros; with 0 bytes `from` is not read, and may lie
 // past the tensor.
@@ -99,6 +102,28 @@ __device__ inline float load_float(const Tensor4& t, int64_t at) {
   }
 }
 
+// A block's head, and its place among the `per_head` blocks of that head; grids are below 2^31.
+struct Place {
+  int head, b, h, block;
+
+  __device__ Place(int64_t pid, int64_t per_head, int64_t H) {
+    const unsigned i = static_cast<unsigned>(pid), n = static_cast<unsigned>(per_head);
+    head = i / n, block = i % n;
+    b = head / static_cast<unsigned>(H), h = head % static_cast<unsigned>(H);
+  }
+};
+
+// The keys of one batch item: [rows] bool, nullptr: all kept.
+struct Keep {
+  const bool* data;
+  int64_t stride;
+
+  __device__ Keep() : data(nullptr), stride(0) {}
+  __device__ Keep(const KeyMask& m, int b)
+      : data(m.data ? m.data + b * m.stride[0] : nullptr), stride(m.stride[1]) {}
+  __device__ bool at(int64_t row) const { return data == nullptr || data[row * stride]; }
+};
+
 // One head's [rows, width] matrix in global memory. `vectors`: every row starts at a multiple of 16
 // bytes and its elements are adjacent.
 template <typename T>
@@ -108,24 +133,13 @@ struct Matrix {
   int rows, width;
   bool vectors;
 
-  __device__ Matrix(const Strided& t, int64_t b, int64_t h, int64_t rows, int64_t width)
+  __device__ Matrix(const Strided& t, int b, int h, int64_t rows, int64_t width)
       : data(static_cast<const T*>(t.data) + b * t.stride[0] + h * t.stride[1]),
         stride_m(t.stride[2]),
         stride_d(t.stride[3]),
         rows(static_cast<int>(rows)),
         width(static_cast<int>(width)),
         vectors(t.vectors) {}
-};
-
-// The keys of one batch item: [rows] bool, nullptr: all kept.
-struct Keep {
-  const bool* data;
-  int64_t stride;
-
-  __device__ Keep() : data(nullptr), stride(0) {}
-  __device__ Keep(const KeyMask& m, int64_t b)
-      : data(m.data ? m.data + b * m.stride[0] : nullptr), stride(m.stride[1]) {}
-  __device__ bool at(int64_t row) const { return data == nullptr || data[row * stride]; }
 };
 
 // Starts the copy of rows [row0, row0 + kRows) into the tile; rows outside or not kept and columns
@@ -275,6 +289,36 @@ __device__ inline void store_tile(T* out, int64_t row0, int64_t rows, int width,
     }
   }
   __syncwarp();
+}
+
+// Numbers [at, at + 4) of `size` ones, in one access where no group of four leaves them or crosses
+// 16 bytes: sum += factor * from, and to = sum.
+__device__ inline void add_scaled4(float (&sum)[4], float factor, const float* from, int at,
+                                   int size) {
+  if (size % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    const float4 x = *reinterpret_cast<const float4*>(from + at);
+    sum[0] = fmaf(factor, x.x, sum[0]), sum[1] = fmaf(factor, x.y, sum[1]);
+    sum[2] = fmaf(factor, x.z, sum[2]), sum[3] = fmaf(factor, x.w, sum[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (at + i < size) sum[i] = fmaf(factor, from[at + i], sum[i]);
+    }
+  }
+}
+template <typename T>
+__device__ inline void put4(T* to, const float (&sum)[4], int at, int size) {
+  if (sizeof(T) == 2 && size % 4 == 0 && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+    T v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = static_cast<T>(sum[i]);
+    *reinterpret_cast<uint2*>(to + at) = *reinterpret_cast<const uint2*>(v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (at + i < size) to[at + i] = static_cast<T>(sum[i]);
+    }
+  }
 }
 
 }  // namespace fmm::cuda

@@ -80,12 +80,13 @@ struct OwnerBwd<4, 256> : Shape<16, 16, 4, 4, 1> {};
 
 // The short stream of up to kCols_ tokens stays resident, the long one passes in tiles of kRows.
 // Its results, [kCols, width], are spread over the warps: kGroups of 16 * kMC rows, and columns.
-template <int kWidth, int kRows_, int kCols_, int kWarps_, int kStages_>
+// kChunk columns of a row result are computed at once.
+template <int kWidth, int kRows_, int kCols_, int kWarps_, int kStages_, int kChunk_ = 32>
 struct ResidentShape : Shape<kRows_, kCols_, kWarps_, 1, kStages_> {
   static constexpr int kGroups = kCols_ / 16 < kWarps_ ? kCols_ / 16 : kWarps_;
   static constexpr int kMC = kCols_ / 16 / kGroups, kDC = kWidth / 8 * kGroups / kWarps_;
   static_assert(kMC * kGroups * 16 == kCols_ && kDC * 8 * kWarps_ == kWidth * kGroups);
-  static constexpr int kChunk = 32;  // columns of a row result at once
+  static constexpr int kChunk = kChunk_;
 };
 
 template <int kWidth, int kCols>
@@ -93,11 +94,11 @@ struct ResidentFwd;  // 16-bit types; short streams of up to kCols tokens
 template <>
 struct ResidentFwd<32, 64> : ResidentShape<32, 64, 64, 4, 2> {};
 template <>
-struct ResidentFwd<32, 128> : ResidentShape<32, 128, 128, 8, 2> {};
+struct ResidentFwd<32, 128> : ResidentShape<32, 128, 128, 8, 2, 16> {};
 template <>
 struct ResidentFwd<64, 64> : ResidentShape<64, 64, 64, 4, 2> {};
 template <>
-struct ResidentFwd<64, 128> : ResidentShape<64, 128, 128, 8, 2> {};  // 128 KiB
+struct ResidentFwd<64, 128> : ResidentShape<64, 128, 128, 8, 2, 16> {};  // 128 KiB
 template <>
 struct ResidentFwd<128, 64> : ResidentShape<128, 64, 64, 4, 2> {};  // 104 KiB
 template <>
@@ -108,7 +109,7 @@ struct ResidentBwd;
 template <>
 struct ResidentBwd<32> : ResidentShape<32, 64, 64, 4, 2> {};
 template <>
-struct ResidentBwd<64> : ResidentShape<64, 64, 64, 4, 2> {};
+struct ResidentBwd<64> : ResidentShape<64, 64, 64, 4, 2, 16> {};
 template <>
 struct ResidentBwd<128> : ResidentShape<128, 64, 32, 4, 1> {};
 
