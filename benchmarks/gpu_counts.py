@@ -115,9 +115,9 @@ Where a target is missed:
   y and y's tiles walk x, ten products instead of seven. Tried and dropped: one walk with seven
   products, the gradients of the streamed side summed over tiles in memory. D + Dv fp32 numbers a
   token and tile, written and read, are several times what the second walk reads, and their sums
-  take the instructions that the walk saves; atomics would save only the reading, and have no
-  fixed order. Tried and kept: 256 tokens a program; lse and its correction read only where one
-  exp will not do.
+  take the instructions that the walk saves. Not tried: atomics, which should save only the reading
+  and have no fixed order. Tried and kept: 256 tokens a program; lse and its correction read only
+  where one exp will not do.
 - *tensor_flops* and *global_bytes* backward at width 256: the gradients of 64 tokens would fill
   the registers of 4 warps, and on 32 tokens 8 warps compute s and dp twice. Tried: 64 x 16 with 4
   warps, which spills throughout the loop; with 8, which computes more of it twice; 32 x 16 with
@@ -129,10 +129,10 @@ Where a target is missed:
   clamped. Not done: immediate offsets in ldmatrix, results written without a pass through shared
   memory, larger tiles for long streams (which is also what global_bytes needs), fewer chunks a
   head, and the resident backward of 128 tokens, which Triton has.
-- *spills* without accesses in loops are addresses of the outputs, kept from where the inputs were
-  read. In loops: forward with 128 tokens, s, e, partial column sums, o and acc of a 128 x 128
-  tile. Tried: s anew where a tile needs it again (kept); 64 x 128 with 4 warps, which spills
-  more; with 8 warps, which computes products twice.
+- *spills* without accesses in loops, in the one kernel whose machine code was read, are addresses
+  of the outputs, kept from where the inputs were read. In loops: forward with 128 tokens, s, e,
+  partial column sums, o and acc of a 128 x 128 tile. Tried: s anew where a tile needs it again
+  (kept); 64 x 128 with 4 warps, which spills more; with 8 warps, which computes products twice.
 """.splitlines()
 
 
