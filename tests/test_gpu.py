@@ -170,6 +170,8 @@ def test_devices_with_less_shared_memory(op, backend, sizes, monkeypatch):
     """Tiles that take no more than the 99 KiB of sm_86 and sm_89."""
     if backend != "triton" or not vgpu.active():
         pytest.skip("counts the shared memory of Triton kernels on the virtual GPU")
+    if torch.cuda.get_device_capability()[0] != 8:
+        pytest.skip("Triton makes other code for sm_90, whose devices have 227 KiB")
     monkeypatch.setattr(lookup, "shared", lambda index: 99 * 1024)
     monkeypatch.setattr(lookup, "processors", lambda index: 1)
     lookup._nearest.cache_clear()
