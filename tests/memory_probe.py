@@ -20,13 +20,18 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def reset_peak() -> None:
+    """The peak is what is resident now. OSError where a process may not say so."""
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+
+
 def growth(op: str, backend: str, size: int) -> int:
     """Peak above what is resident before the call, inputs included in the latter."""
     for n in (64, size):  # a tiny call first, which loads and allocates what any call does
         shape = PairShape(n, n, 32) if op in LOSSES else AttentionShape(1, 1, n, n, 32, 32)
         case = make_case(op, shape).leaves()
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")
+        reset_peak()
         before = resident("VmRSS")
         torch.cat([o.flatten() for o in fused(case, backend)]).sum().backward()
         grown = resident("VmHWM") - before
@@ -48,8 +53,7 @@ def in_child(op: str, backend: str, size: int) -> int:
 def main(backend: str, size: int) -> None:
     """Forks before anything has started a thread."""
     try:
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")
+        reset_peak()
     except OSError:
         print("unsupported")
         return
