@@ -169,6 +169,19 @@ def check_deterministic(case: Case, backend: str) -> None:
 
 
 @contextlib.contextmanager
+def device_memory(mib: int) -> Iterator[None]:
+    """No more than `mib` MiB beyond what is taken for torch's CUDA allocator inside the block."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    allowed = torch.cuda.memory_reserved() + mib * 2**20
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@contextlib.contextmanager
 def threads(n: int) -> Iterator[None]:
     """torch's intra-op thread count inside the block."""
     before = torch.get_num_threads()

@@ -2,10 +2,9 @@
 what the compiler made of the kernels.
 """
 
-import contextlib
 import os
-from collections.abc import Iterator
 
+import harness
 import pytest
 import torch
 
@@ -81,30 +80,17 @@ def test_wrong_calls_of_the_raw_op_are_refused(change, message):
     call(*inputs())  # and the context lives
 
 
-@contextlib.contextmanager
-def memory(mib: int) -> Iterator[None]:
-    """No more than `mib` MiB for torch's allocator inside the block."""
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    used = torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction((used + mib * 2**20) / total)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 def test_out_of_memory_leaves_torch_usable():
     """In the middle of forward, and of backward; afterwards the same call succeeds."""
     small = inputs()
     want = call(*small)
     # Results of x are small and come first; each of y takes 20 MiB.
     leaves = [t.requires_grad_() for t in inputs(M=1, N=20000, D=256)]
-    with memory(10), pytest.raises(torch.OutOfMemoryError):
+    with harness.device_memory(10), pytest.raises(torch.OutOfMemoryError):
         fusedmm.bi_attention(*leaves, backend="cuda")
     out = fusedmm.bi_attention(*leaves, backend="cuda")
     upstream = [torch.ones_like(o) for o in out]
-    with memory(30), pytest.raises(torch.OutOfMemoryError):
+    with harness.device_memory(30), pytest.raises(torch.OutOfMemoryError):
         torch.autograd.grad(out, leaves, upstream, retain_graph=True)
     for g, w in zip(call(*small), want, strict=True):
         assert torch.equal(g, w)

@@ -277,24 +277,13 @@ def test_losses_without_memory_leave_torch_usable():
     """In the middle of forward, and of backward; afterwards the same call succeeds."""
     x, y = (randn(64, 100_000, seed=i).half().cuda().requires_grad_() for i in range(2))
 
-    @contextlib.contextmanager
-    def memory(mib: int) -> Iterator[None]:
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        allowed = torch.cuda.memory_reserved() + mib * 2**20
-        torch.cuda.set_per_process_memory_fraction(allowed / total)
-        try:
-            yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-
     def loss() -> Tensor:
         return fusedmm.contrastive_loss(x, y, 10.0, normalize=True, backend="cuda")
 
-    with memory(20), pytest.raises(torch.OutOfMemoryError):
+    with harness.device_memory(20), pytest.raises(torch.OutOfMemoryError):
         loss()
     value = loss()
-    with memory(60), pytest.raises(torch.OutOfMemoryError):
+    with harness.device_memory(60), pytest.raises(torch.OutOfMemoryError):
         torch.autograd.grad(value, (x, y), retain_graph=True)
     assert torch.equal(loss(), value)
     assert all(g.isfinite().all() for g in torch.autograd.grad(value, (x, y)))
