@@ -18,7 +18,10 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-KERNELS = ("bi_attention", "co_attention", "contrastive_loss", "sigmoid_loss", "peak")
+KERNELS = (
+    "bi_attention_fwd", "bi_attention_bwd", "co_attention", "contrastive_loss", "sigmoid_loss",
+    "peak",
+)  # fmt: skip
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno"]
 WARN = ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-unknown-pragmas"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]

@@ -467,7 +467,8 @@ void forward(const CoAttention& a, ParallelFor parallel) {
 template <class U>
 void backward(const CoAttention& a, const CoAttentionGrad& g, ParallelFor parallel) {
   const Backward<U> x(a, g, 0), y(a, g, 1);
-  float* partial_x = Arena::shared().take<float>(x.partial_size() + y.partial_size());
+  SharedArena shared;
+  float* partial_x = (*shared).take<float>(x.partial_size() + y.partial_size());
   float* partial_y = partial_x + x.partial_size();
   both(parallel, x.tasks(), y.tasks(), [&](int side, int64_t begin, int64_t end) {
     (side ? y : x).run(begin, end, side ? partial_y : partial_x);

@@ -244,7 +244,7 @@ class Backward {
           total[k] += ds[k] * dots;
           ds[k] = select(t.mask.columns(v), ds[k] * scale[k], Vec{});
         }
-        to.template put<true, P::kTwo>(i, v, ds[0], count < 2 ? Vec{} : ds[1]);
+        to.template put<true, true>(i, v, ds[0], count < 2 ? Vec{} : ds[1]);
       }
       for (int k = 0; k < count && dscale_; ++k) dscale_[m + i + k] += sum(total[k]);
     }

@@ -117,7 +117,7 @@ class Backward {
           total[k] += ds[k];
           ds[k] *= scale[k];
         }
-        to.template put<true, P::kTwo>(i, v, ds[0], count < 2 ? Vec{} : ds[1]);
+        to.template put<true, true>(i, v, ds[0], count < 2 ? Vec{} : ds[1]);
       }
       for (int k = 0; k < count; ++k) add(m + i + k, sum(along[k]), sum(total[k]));
     }

@@ -32,11 +32,6 @@ class Arena {
     arena.reset();
     return arena;
   }
-  static Arena& shared() {
-    thread_local Arena arena;
-    arena.reset();
-    return arena;
-  }
   template <class T>
   T* take(int64_t n) {
     const size_t bytes = round_up(n * static_cast<int64_t>(sizeof(T)) + 1, 64);
@@ -90,7 +85,7 @@ class SharedArena {
   Arena& operator*() { return arena_; }
 
  private:
-  Arena& arena_ = Arena::shared();
+  static thread_local inline Arena arena_;
 };
 
 // Rows of a tensor: base address, strides, and which rows count (others read as zero).
@@ -482,7 +477,7 @@ struct PTile {
 #endif
     }
   }
-  // put_rm, put_tr: row i, vector v of the tile.
+  // Row i, vector v of the tile as `rm`.
   FMM_INLINE void put_rm(int i, int v, Vec p) const {
     if constexpr (kPerUnit<U> == 1) {
       store(rm + i * kLdRm + v * kLanes, p);
@@ -490,22 +485,6 @@ struct PTile {
 #if defined(__AVX512BF16__)
       const __m256bh half = _mm512_cvtneps_pbh((__m512)p);
       __builtin_memcpy(rm + i * kLdRm + v * (kLanes / 2), &half, sizeof half);
-#endif
-    }
-  }
-  FMM_INLINE void put_tr(int i, int v, Vec p) const {
-    if constexpr (kPerUnit<U> == 1) {
-      store(tr + i * kLd + v * kLanes, p);
-    } else {
-#if defined(__AVX512BF16__)
-      const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)p));
-      U* out = tr + (i / 2) * kLd + v * kLanes;
-      if (i % 2 == 0) {
-        _mm512_storeu_si512(out, wide);
-      } else {
-        const __m512i low = _mm512_loadu_si512(out);
-        _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(wide, 16)));
-      }
 #endif
     }
   }

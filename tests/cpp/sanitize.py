@@ -17,7 +17,9 @@ FLAGS = {
 }
 COMMON = "-std=c++17 -O1 -ffp-contract=fast -fno-omit-frame-pointer -Wno-psabi -pthread"
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-OPS = ("bi_attention", "co_attention", "contrastive_loss", "sigmoid_loss")
+OPS = (
+    "bi_attention_fwd", "bi_attention_bwd", "co_attention", "contrastive_loss", "sigmoid_loss",
+)  # fmt: skip
 
 
 def main(wanted: list[str]) -> int:
