@@ -26,7 +26,8 @@ SUITES := tests/test_bi_attention.py::TestBiAttention tests/test_co_attention.py
 	tests/test_contrastive_loss.py::TestContrastiveLoss tests/test_sigmoid_loss.py::TestSigmoidLoss
 GPU_SUITES := $(foreach suite,$(SUITES), \
 	$(suite)::test_compiles_with_inductor $(suite)::test_autocast) \
-	$(firstword $(SUITES))::test_far_apart_rows_and_columns
+	$(firstword $(SUITES))::test_far_apart_rows_and_columns \
+	tests/test_contrastive_loss.py::test_rows_in_one_pass
 GPU_TESTS ?= tests/vgpu tests/test_gpu.py tests/test_cuda_launch.py $(GPU_SUITES)
 test-gpu: build cuda
 	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS) -- $(GPU_TESTS)

@@ -42,6 +42,7 @@ TORCH_LIBRARY(_fusedmm_C, m) {
       "contrastive_loss_bwd(Tensor coef_x, Tensor coef_y, Tensor x, Tensor y, Tensor logit_scale, "
       "Tensor? positives, Tensor? ids_x, Tensor? ids_y, bool ignore, bool normalize, "
       "bool[3] needs, Tensor? dots=None) -> Tensor[]");
+  m.def("contrastive_rows(Tensor stats, Tensor? dloss, float smoothing) -> Tensor");
   m.def(
       "sigmoid_loss_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, "
       "Tensor? positives, Tensor? ids_x, Tensor? ids_y, bool normalize, Tensor(a!)? dots=None) "
@@ -62,6 +63,7 @@ TORCH_LIBRARY_FRAGMENT(_fusedmm_C, m) { m.def("kept_dots(int n) -> Tensor", &fmm
   FMM_IMPL(ns, co_attention_bwd);     \
   FMM_IMPL(ns, contrastive_loss_fwd); \
   FMM_IMPL(ns, contrastive_loss_bwd); \
+  FMM_IMPL(ns, contrastive_rows);     \
   FMM_IMPL(ns, sigmoid_loss_fwd);     \
   FMM_IMPL(ns, sigmoid_loss_bwd)
 

@@ -49,6 +49,7 @@ using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
       const at::Tensor& y, const at::Tensor& logit_scale, const OptTensor& positives,             \
       const OptTensor& ids_x, const OptTensor& ids_y, bool ignore, bool normalize,                \
       std::array<bool, 3> needs, const OptTensor& dots);                                          \
+  at::Tensor contrastive_rows(const at::Tensor& stats, const OptTensor& dloss, double smoothing); \
   at::Tensor sigmoid_loss_fwd(const at::Tensor& x, const at::Tensor& y,                           \
                               const at::Tensor& logit_scale, const at::Tensor& logit_bias,        \
                               const OptTensor& positives, const OptTensor& ids_x,                 \

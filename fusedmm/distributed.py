@@ -303,8 +303,12 @@ class _Contrastive(torch.autograd.Function):
                 if want_y:
                     columns.add(block_y)
         stats_y = columns.home() if want_y else stats_x.new_zeros(6, *y.shape[:2])
-        loss_x = pairs.row_loss(stats_x, smoothing) if want_x else torch.zeros_like(stats_x[0])
-        loss_y = pairs.row_loss(stats_y, smoothing) if want_y else torch.zeros_like(stats_y[0])
+        loss_x = (
+            pairs.row_loss(stats_x, smoothing, module) if want_x else torch.zeros_like(stats_x[0])
+        )
+        loss_y = (
+            pairs.row_loss(stats_y, smoothing, module) if want_y else torch.zeros_like(stats_y[0])
+        )
         n_x, n_y = ((s[3] > 0.0).double().sum() for s in (stats_x, stats_y))
         ctx.mark_non_differentiable(n_x, n_y)
         ctx.save_for_backward(x, y, scale, positives, ids_x, ids_y, stats_x, stats_y)
@@ -318,10 +322,10 @@ class _Contrastive(torch.autograd.Function):
         ring, backend, ignore, smoothing, normalize, want_x, want_y, exclude_self = ctx.options
         dloss_x = dloss_x if want_x else torch.zeros_like(dloss_x)
         dloss_y = dloss_y if want_y else torch.zeros_like(dloss_y)
-        coef_x = pairs.coefficients(stats_x, dloss_x, smoothing)
-        coef_y = pairs.coefficients(stats_y, dloss_y, smoothing)
-        needs = list(ctx.needs_input_grad[:3])
         module = backends.load(backend, ring.op)
+        coef_x = pairs.coefficients(stats_x, dloss_x, smoothing, module)
+        coef_y = pairs.coefficients(stats_y, dloss_y, smoothing, module)
+        needs = list(ctx.needs_input_grad[:3])
         grads = _Gradients(ring, (x, y, scale), needs)
         tower = [y, coef_y, *_given(ids_y)]
         with torch.autocast(x.device.type, enabled=False):

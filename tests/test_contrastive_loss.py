@@ -7,10 +7,11 @@ from suites import PairLossSuite
 from torch.nn import functional as F
 
 import fusedmm
-from fusedmm import testing
+from fusedmm import backends, testing
+from fusedmm.ops import pairs
 from fusedmm.testing import PairShape, fused, make_case
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 SQUARE = PairShape(131, 131, 24, (2,))
 WIDE = PairShape(67, 149, 24, (2,))
 TALL = PairShape(149, 67, 24, (2,))
@@ -250,6 +251,26 @@ def eager_twice(case: testing.Case):
 NO_IDS = {"ids_x": False, "ids_y": False, "duplicates": False}
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_rows_in_one_pass(backend, device, smoothing):
+    """A backend's losses and coefficients of rows are those of the definition: no, one or several
+    matches, nothing or everything beside them, infinities and NaN."""
+    module = backends.load(backend, "contrastive_loss")
+    lse = torch.tensor([-1e4, -3.0, 0.0, 2.5, 40.0, 1e4, -INF, INF, NAN], dtype=torch.float64)
+    count = torch.tensor([0.0, 1.0, 2.0, 37.0], dtype=torch.float64)
+    neg, pos, n_pos = torch.cartesian_prod(lse, lse, count).unbind(-1)
+    stats = torch.stack([neg, pos, n_pos * 1.5, n_pos, n_pos * 0.7, n_pos + 3.0])[:, None]
+    there = stats.to(device)
+    ramp = torch.linspace(-1, 1, neg.numel())[None]
+    for dloss in (ramp, torch.zeros_like(ramp), torch.ones(()).expand_as(ramp)):
+        want = pairs.coefficients(stats, dloss, smoothing)
+        got = pairs.coefficients(there, dloss.to(device), smoothing, module)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-14, atol=0, equal_nan=True)
+    got = pairs.row_loss(there, smoothing, module).cpu()
+    want = pairs.row_loss(stats, smoothing)
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=0, equal_nan=True)
+
+
 class TestSelfSimilarity:
     """exclude_self: NT-Xent (positives), SupCon (ids), known duplicates ignored (both)."""
 
@@ -304,6 +325,7 @@ class TestSelfSimilarity:
 
     def test_visits_half_of_the_scores(self, monkeypatch):
         """The blocks cover each pair once: entries handed to kernels are at most half of M * M."""
+
         from fusedmm.backends.reference import contrastive_loss as reference
 
         seen, fwd = [], reference.fwd

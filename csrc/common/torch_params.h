@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include "../contrastive_row.h"
 #include "check.h"
 #include "params.h"
 
@@ -69,5 +70,20 @@ inline at::Tensor make_dbias(const at::Tensor& bias, int64_t (&stride)[4]) {
 
 inline at::Tensor contiguous_double(const at::Tensor& t) { return t.to(at::kDouble).contiguous(); }
 inline at::Tensor contiguous_float(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+// contrastive_row over statistics [6, G, rows], by run(ContrastiveRows): losses, or the backward's
+// coefficients if there is a dloss [G, rows].
+template <typename Run>
+at::Tensor contrastive_rows(const at::Tensor& stats, const OptTensor& dloss, double smoothing,
+                            const Run& run) {
+  FMM_CHECK(stats.dim() == 3 && stats.size(0) == 6, "stats: [6, G, rows]");
+  const int64_t G = stats.size(1), rows = stats.size(2);
+  const at::Tensor s = contiguous_double(stats), d = dloss ? contiguous_double(*dloss) : s;
+  if (dloss) check_shape(d, {G, rows}, "dloss");
+  at::Tensor out = dloss ? at::empty({5, G, rows}, s.options()) : at::empty({G, rows}, s.options());
+  run(ContrastiveRows{s.const_data_ptr<double>(), dloss ? d.const_data_ptr<double>() : nullptr,
+                      G * rows, smoothing, out.data_ptr<double>()});
+  return out;
+}
 
 }  // namespace fmm

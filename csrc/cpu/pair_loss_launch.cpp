@@ -130,6 +130,15 @@ std::vector<at::Tensor> contrastive_loss_bwd(const at::Tensor& coef_x, const at:
   return out.grads;
 }
 
+at::Tensor contrastive_rows(const at::Tensor& stats, const OptTensor& dloss, double smoothing) {
+  constexpr int64_t kGrain = 2048;  // rows a thread takes at least: waking one costs about as much
+  return fmm::contrastive_rows(stats, dloss, smoothing, [](const ContrastiveRows& a) {
+    at::parallel_for(0, a.rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) contrastive_row(a, i);
+    });
+  });
+}
+
 at::Tensor sigmoid_loss_fwd(const at::Tensor& x, const at::Tensor& y, const at::Tensor& logit_scale,
                             const at::Tensor& logit_bias, const OptTensor& positives,
                             const OptTensor& ids_x, const OptTensor& ids_y, bool normalize,

@@ -17,6 +17,7 @@ TORCH_LIBRARY_IMPL(_fusedmm_C, CUDA, m) {
   FMM_IMPL(co_attention_bwd);
   FMM_IMPL(contrastive_loss_fwd);
   FMM_IMPL(contrastive_loss_bwd);
+  FMM_IMPL(contrastive_rows);
   FMM_IMPL(sigmoid_loss_fwd);
   FMM_IMPL(sigmoid_loss_bwd);
 }

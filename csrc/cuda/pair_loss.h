@@ -3,6 +3,7 @@
 // headers.
 #pragma once
 
+#include "../contrastive_row.h"
 #include "../pair_loss.h"
 #include "attention_kernels.h"
 
@@ -122,6 +123,7 @@ struct PairKernels {
 PairKernels contrastive_kernels(DType dtype, int width);
 PairKernels sigmoid_kernels(DType dtype, int width);
 Kernel merge_parts();
+Kernel loss_rows();
 Kernel fact_rows();
 Kernel unit_rows(DType dtype);
 Kernel unit_grad(DType dtype);

@@ -411,6 +411,12 @@ std::vector<at::Tensor> contrastive_loss_bwd(const at::Tensor& coef_x, const at:
   return backward.run();
 }
 
+at::Tensor contrastive_rows(const at::Tensor& stats, const OptTensor& dloss, double smoothing) {
+  return fmm::contrastive_rows(stats, dloss, smoothing, [&](const ContrastiveRows& a) {
+    run(loss_rows(), a.rows, a, stats);
+  });
+}
+
 at::Tensor sigmoid_loss_fwd(const at::Tensor& x, const at::Tensor& y, const at::Tensor& logit_scale,
                             const at::Tensor& logit_bias, const OptTensor& positives,
                             const OptTensor& ids_x, const OptTensor& ids_y, bool normalize,

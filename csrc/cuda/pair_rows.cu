@@ -1,5 +1,5 @@
 // What a pair loss does by rows: unit length and the gradient through it, which also undoes the
-// factor that fp16 gradients carry; and the facts that the backward needs of rows and columns.
+// factor that fp16 gradients carry; losses; and the facts that the backward needs.
 #include <limits>
 
 #include "pair_loss.h"
@@ -107,8 +107,18 @@ __global__ void __launch_bounds__(kFactThreads)
   for (int k = 0; k < kFacts; ++k) a.facts[(k * a.G + g) * a.padded + i] = fact[k];
 }
 
+__global__ void __launch_bounds__(kFactThreads)
+    loss_rows_kernel(const __grid_constant__ ContrastiveRows a) {
+  const int64_t i = int64_t{blockIdx.x} * kFactThreads + threadIdx.x;
+  if (i < a.rows) contrastive_row(a, i);
+}
+
 }  // namespace
 
+Kernel loss_rows() {
+  const auto f = &loss_rows_kernel;
+  return {reinterpret_cast<const void*>(f), kFactThreads, 0, kFactThreads, 0};
+}
 Kernel fact_rows() {
   return {reinterpret_cast<const void*>(&fact_rows_kernel), kFactThreads, 0, kFactThreads, 0};
 }

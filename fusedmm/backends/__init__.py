@@ -1,5 +1,5 @@
 """Table of backends: (name, op) -> module. A backend module has `reject(problem) -> list[str]`,
-`fwd(...)` and `bwd(...)`, and nothing else that callers see.
+`fwd(...)` and `bwd(...)`; one of contrastive_loss may have `row_loss` and `coefficients`.
 
 Filled at import, a plain dict, so that torch.compile traces through the choice of a backend.
 """

@@ -133,7 +133,7 @@ def _eager(args: tuple) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not _in_func_transform()
-        and all(type(a) in _PLAIN for a in args)
+        and _PLAIN.issuperset(map(type, args))
     )
 
 

@@ -90,10 +90,11 @@ def contrastive_loss(
         if reduction == "none":
             return loss[0].reshape(*lead, M), loss[1].reshape(*lead, N)
         return loss
-    if positives is not None:
-        positives = positives.reshape(G, M)
-    elif M == N and not exclude_self:
+    diagonal = positives is None and M == N and not exclude_self
+    if diagonal:
         positives = pairs.default_positives(G, M, x.device)
+    elif positives is not None:
+        positives = positives.reshape(G, M)
     if exclude_self:
         y = x.detach()  # the gradient of both roles comes as that of x
     keep = 0 if exclude_self else pairs.kept_dots(name, asked, x, y, scale)
@@ -117,11 +118,12 @@ def contrastive_loss(
         loss_y, stats_y = loss_x, stats_x
     if reduction == "none":
         return loss_x.reshape(*lead, M), loss_y.reshape(*lead, N)
-    if reduction == "sum":
-        total_x, total_y = loss_x.sum(), loss_y.sum()
-    else:
-        total_x, total_y = pairs.mean_of(loss_x, stats_x[3]), pairs.mean_of(loss_y, stats_y[3])
-    return {"x": total_x, "y": total_y, "both": (total_x + total_y) / 2}[direction]
+    totals = [
+        pairs.total(loss, stats, reduction, diagonal)
+        for loss, stats, way in ((loss_x, stats_x, "y"), (loss_y, stats_y, "x"))
+        if direction != way
+    ]
+    return (totals[0] + totals[1]) / 2 if direction == "both" else totals[0]
 
 
 def _check_self(x, y, logit_scale, positives, ids_x, ids_y, duplicates: str) -> None:
@@ -165,8 +167,10 @@ def _fwd(
             x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, want_x, want_y,
             *pairs.given(dots),
         )  # fmt: skip
-    loss_x = pairs.row_loss(stats_x, label_smoothing) if want_x else torch.zeros_like(stats_x[0])
-    loss_y = pairs.row_loss(stats_y, label_smoothing) if want_y else torch.zeros_like(stats_y[0])
+    loss_x, loss_y = (
+        pairs.row_loss(s, label_smoothing, module) if wanted else torch.zeros_like(s[0])
+        for s, wanted in ((stats_x, want_x), (stats_y, want_y))
+    )
     return loss_x.to(logit_scale.dtype), loss_y.to(logit_scale.dtype), stats_x, stats_y, dots
 
 
@@ -199,12 +203,12 @@ def _bwd(
     backend: str,
 ) -> list[Tensor]:
     module = backends.load(backend, "contrastive_loss")
-    coef_x = pairs.coefficients(stats_x, dloss_x, label_smoothing)
+    coef_x = pairs.coefficients(stats_x, dloss_x, label_smoothing, module)
     if exclude_self:
         return self_similarity.bwd(
             module, coef_x, x, logit_scale, positives, ids_x, ignore, normalize, needs[::2]
         )
-    coef_y = pairs.coefficients(stats_y, dloss_y, label_smoothing)
+    coef_y = pairs.coefficients(stats_y, dloss_y, label_smoothing, module)
     return module.bwd(
         coef_x, coef_y, x, y, logit_scale, positives, ids_x, ids_y, ignore, normalize, needs,
         *pairs.given(dots),

@@ -4,12 +4,13 @@ A statistic holds, per row, [lse of negatives, lse of positives, sum of positive
 positives, sum of all s, number of all] in fp64; blocks of columns merge by `merge`.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from .. import check
 
-NEG_INF = float("-inf")
 TILE = 96  # rows and columns of the cpu kernels' tiles
 KEEP_BYTES = 64 << 20  # of raw products kept for a backward
 KEEP_WIDTH, KEEP_ROWS = 512, 1024  # D, M and N from which on they are kept
@@ -20,11 +21,13 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([torch.logaddexp(a[:2], b[:2]), a[2:] + b[2:]])
 
 
-def row_loss(stats: Tensor, label_smoothing: float) -> Tensor:
-    """lse - target . s per row; 0 for a row without positives.
+def row_loss(stats: Tensor, label_smoothing: float, module: ModuleType | None = None) -> Tensor:
+    """lse - target . s per row; 0 for a row without positives. A backend `module` may have its own.
 
     One positive and no smoothing: log1p(exp(neg - pos)), exact also when the loss is 1e-7.
     """
+    if hasattr(module, "row_loss"):
+        return module.row_loss(stats, label_smoothing)
     neg, pos, sum_pos, n_pos, total, n_all = stats
     single = torch.nn.functional.softplus(neg - pos, threshold=88.0)
     loss = torch.logaddexp(neg, pos) - (1.0 - label_smoothing) * sum_pos / n_pos
@@ -35,12 +38,16 @@ def row_loss(stats: Tensor, label_smoothing: float) -> Tensor:
     return torch.where(n_pos > 0.0, loss, 0.0)
 
 
-def coefficients(stats: Tensor, dloss: Tensor, label_smoothing: float) -> Tensor:
+def coefficients(
+    stats: Tensor, dloss: Tensor, label_smoothing: float, module: ModuleType | None = None
+) -> Tensor:
     """[5, ...]: lse, weight, target, uniform, and the gradient at a single positive (else 2).
 
     ds = weight * (p - uniform) on negatives, weight * (p - target - uniform) on positives; where
     there is one positive, p - target is taken as target's complement, without cancellation.
     """
+    if hasattr(module, "coefficients"):
+        return module.coefficients(stats, dloss, label_smoothing)
     neg, pos, _, n_pos, _, n_all = stats
     weight = torch.where(n_pos > 0.0, dloss, 0.0)
     # Rows without weight get p = 0, so that no kernel multiplies 0 by an overflowed exp.
@@ -70,9 +77,12 @@ def given(dots: Tensor) -> tuple[Tensor, ...]:
     return (dots,) if dots.numel() else ()
 
 
-def mean_of(loss: Tensor, n_pos: Tensor) -> Tensor:
-    """Mean over the rows that have a positive; 0 if none has."""
-    return loss.sum() / (n_pos > 0.0).sum().clamp_min(1)
+def total(loss: Tensor, stats: Tensor, reduction: str, every: bool) -> Tensor:
+    """Sum over rows, or mean over those that have a positive: `every` one, or by count; 0 if none
+    has."""
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (max(loss.numel(), 1) if every else (stats[3] > 0.0).sum().clamp_min(1))
 
 
 def as_rows(logit_scale: Tensor | float, x: Tensor, G: int, M: int) -> Tensor:

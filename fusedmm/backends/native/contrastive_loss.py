@@ -18,6 +18,16 @@ def bwd(*args):
     return extension.ops.contrastive_loss_bwd(*args)
 
 
+def row_loss(stats, label_smoothing):
+    """`row_loss` of fusedmm/ops/pairs.py in one pass."""
+    return extension.ops.contrastive_rows(stats, None, label_smoothing)
+
+
+def coefficients(stats, dloss, label_smoothing):
+    """`coefficients` of fusedmm/ops/pairs.py in one pass."""
+    return extension.ops.contrastive_rows(stats, dloss, label_smoothing)
+
+
 def kept_dots(n: int):
     """Room for raw products, the last argument of fwd and bwd."""
     return extension.kept_dots(n)
