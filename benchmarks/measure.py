@@ -94,8 +94,10 @@ def check(run: peers.Run, case: cases.BenchCase, peer: peers.Peer, mode: str, dt
     return ""
 
 
-def interleaved(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
-    """Times of each call in seconds, taken in turns for about `seconds` a call."""
+def interleaved(
+    calls: dict[str, Callable[[], None]], seconds: float, each: int = 1
+) -> dict[str, list[float]]:
+    """Times of each call in seconds, taken in turns of `each` for about `seconds` a call."""
     start = time.perf_counter()
     for call in calls.values():
         call()
@@ -108,8 +110,9 @@ def interleaved(calls: dict[str, Callable[[], None]], seconds: float) -> dict[st
         while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
             for name, call in calls.items():
                 start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
+                for _ in range(each):
+                    call()
+                times[name].append((time.perf_counter() - start) / each)
     finally:
         gc.enable()
     return times
