@@ -33,6 +33,7 @@ from fusedmm.train.loop import (  # noqa: E402
     learning_rate,
     train,
 )
+from fusedmm.train.recipes import run_clip  # noqa: E402
 from fusedmm.train.report import words_of  # noqa: E402
 from fusedmm.train.search import search  # noqa: E402
 from fusedmm.train.vilbert import ViLBERTRecipe, ViLBERTTask  # noqa: E402
@@ -332,6 +333,14 @@ def test_peak_bytes_counts_a_known_allocation():
         return torch.zeros(2**19)
 
     assert 2**21 <= peak_bytes(work) < 2**21 + 2**18
+
+
+def test_recipe_without_comparison(data, tmp_path, cache):
+    loop = dataclasses.replace(LOOP, steps=3, compare_steps=0)
+    recipe = dataclasses.replace(CLIP_RECIPE, loop=loop)
+    assert run_clip(recipe, data, tmp_path)["comparison"] is None
+    with pytest.raises(ValueError, match="run: clip.loop.compare_steps: expected at least 1"):
+        run(Job(recipe, BERT_RECIPE), root=tmp_path, name="job", cache_dir=cache)
 
 
 def test_job_leaves_models_figures_and_report(job_folder, data):

@@ -46,6 +46,11 @@ def run(job: Job, *, root: Path, name: str, cache_dir: Path, fresh: bool = False
             f"run: vilbert.limit: expected {job.clip.limit} to match clip.limit, "
             f"got {job.vilbert.limit}"
         )
+    for part, recipe in (("clip", job.clip), ("vilbert", job.vilbert)):
+        if not recipe.loop.compare_steps:
+            raise ValueError(
+                f"run: {part}.loop.compare_steps: expected at least 1 for the report, got 0"
+            )
     data = load_data(cache_dir, job.clip.limit, job.clip.model.image_size)
     clip = run_clip(job.clip, data, folder / "clip", fresh=fresh)
     vilbert = run_vilbert(job.vilbert, data, folder / "clip", folder / "vilbert", fresh=fresh)

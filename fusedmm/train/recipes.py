@@ -126,8 +126,11 @@ def compare_with_bar(
     loop: LoopConfig,
     run_dir: Path,
     key: str,
-) -> dict[str, Any]:
-    """The comparison, kept in comparison.json so that an interrupted job does not repeat it."""
+) -> dict[str, Any] | None:
+    """The comparison, kept in comparison.json so that an interrupted job does not repeat it; None
+    where no steps are to be compared."""
+    if not loop.compare_steps:
+        return None
     path = run_dir / "comparison.json"
     if path.exists():
         kept = json.loads(path.read_text())

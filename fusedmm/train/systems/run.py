@@ -57,7 +57,7 @@ def run_system(
         return {}
     save(run_dir, system.model, system.tokenizer, recipe=dataclasses.asdict(recipe), key=key)
     comparison = None
-    if cls.op is not None and recipe.loop.compare_steps:
+    if cls.op is not None:
         comparison = compare_with_bar(
             name, cls.op, lambda backend: cls(recipe, sources, backend), recipe.loop, run_dir, key
         )
