@@ -26,6 +26,7 @@ from fusedmm.models.vqa import VQAConfig  # noqa: E402
 from fusedmm.train.clip import ClipRecipe, ClipTask, train_tokenizer  # noqa: E402
 from fusedmm.train.compare import compare  # noqa: E402
 from fusedmm.train.config import LoopConfig, from_dict  # noqa: E402
+from fusedmm.train.easy_vqa import Questions  # noqa: E402
 from fusedmm.train.loop import Stepper  # noqa: E402
 from fusedmm.train.systems import SYSTEMS, Figure, Sources, load_system  # noqa: E402
 from fusedmm.train.systems.run import run_system  # noqa: E402
@@ -132,6 +133,22 @@ def test_run_leaves_model_figures_and_report(name, sources, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert all(f.shown(f.value) in page for f in figures) and "data:image/png" in page
     assert run_system(name, recipe, sources, tmp_path) == metrics  # reused, not trained again
+
+
+def test_questions_stay_with_their_pictures():
+    images = torch.arange(3, dtype=torch.uint8)[:, None]
+    every = Questions(("a", "b", "c", "d"), torch.tensor([0, 2, 1, 2]), torch.arange(4), images, 0)
+    some = every.of(torch.tensor([1, 2]))
+    assert some.texts == ("b", "c", "d") and some.answer.tolist() == [1, 2, 3]
+    assert some.images[some.picture, 0].tolist() == [2, 1, 2]
+
+
+def test_validation_questions_have_pictures_of_their_own(sources):
+    pytest.importorskip("easy_vqa", reason="the recipes extra is not installed")
+    data, again = sources.easy_vqa(40), sources.easy_vqa(40)
+    assert len(data.train.images) == 36 and len(data.val.images) == 4
+    assert not (data.train.images[:, None] == data.val.images).flatten(2).all(dim=-1).any()
+    assert again.val.texts == data.val.texts and torch.equal(again.val.images, data.val.images)
 
 
 def test_boxes_overlap_as_they_should():

@@ -85,7 +85,7 @@ class VQA(nn.Module):
         self.word_head = WordHead(self.embeddings.word_embeddings)
         init_bert(self)
         self.stem = conv_stem(width, config.patch_size, batch_norm=True)
-        self.position = nn.Parameter(torch.randn(grid**2, width) * 0.02)
+        self.position = nn.Parameter(torch.randn(grid**2, width) * 0.5)
         self.time = nn.Parameter(torch.randn(config.frames, 1, width) * 0.02)
         self.norm = nn.LayerNorm(width)
 

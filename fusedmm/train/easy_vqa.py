@@ -1,6 +1,7 @@
 """easy-VQA: 5,000 drawings of one coloured shape, 48,248 questions, 13 answers, as tensors.
 
-Pictures and questions come with the PyPI package `easy-vqa`, its train and test split kept.
+Pictures and questions come with the PyPI package `easy-vqa`, its test split kept; a tenth of its
+training pictures is set apart, with their questions, to choose settings by.
 Unreadable pictures are skipped with their questions, counted in `skipped`. Left out: a cache, since
 decoding all pictures takes two seconds.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "test")
+_VAL_SHARE, _VAL_SEED = 0.1, 0
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,32 @@ class Questions:
         """The picture of each question, [len(rows), 3, 64, 64] float32 in [0, 1]."""
         return self.images[self.picture[rows]].float() / 255
 
+    def of(self, pictures: Tensor) -> Questions:
+        """Those of some pictures, [P] rows of `images`, in the same order."""
+        place = torch.full((len(self.images),), -1)
+        place[pictures] = torch.arange(len(pictures))
+        rows = (place[self.picture] >= 0).nonzero()[:, 0]
+        return Questions(
+            tuple(self.texts[i] for i in rows.tolist()),
+            place[self.picture[rows]],
+            self.answer[rows],
+            self.images[pictures],
+            self.skipped,
+        )
+
 
 @dataclass(frozen=True)
 class EasyVQA:
-    """Both splits and the answers."""
+    """The three splits and the answers; no picture is in two of them."""
 
     train: Questions
+    val: Questions
     test: Questions
     answers: tuple[str, ...]
 
     @classmethod
     def load(cls, limit: int | None = None) -> EasyVQA:
-        """Decode the set, or the first `limit` pictures of each split with their questions.
+        """Decode the set, or the first `limit` pictures of train and test with their questions.
 
         Raises: ModuleNotFoundError, the packages of the `recipes` extra are missing.
         """
@@ -80,17 +96,24 @@ class EasyVQA:
                     len(paths) - len(place),
                 )
             )
-        return cls(*parts, answers)
+        given, test = parts
+        order = torch.randperm(
+            len(given.images), generator=torch.Generator().manual_seed(_VAL_SEED)
+        )
+        held = max(1, round(_VAL_SHARE * len(order)))
+        return cls(
+            given.of(order[held:].sort()[0]), given.of(order[:held].sort()[0]), test, answers
+        )
 
-    def blind_accuracy(self) -> float:
-        """Share of test questions right by saying what the question was mostly answered with in
-        training, the picture unseen: the chance level of this set."""
+    def blind_accuracy(self, part: Questions) -> float:
+        """Share of a split's questions right by saying what the question was mostly answered with
+        in training, the picture unseen: the chance level of this set."""
         said: dict[str, Counter[int]] = defaultdict(Counter)
         for text, answer in zip(self.train.texts, self.train.answer.tolist(), strict=True):
             said[text][answer] += 1
         usual = Counter(self.train.answer.tolist()).most_common(1)[0][0]
-        guess = [said[t].most_common(1)[0][0] if t in said else usual for t in self.test.texts]
-        return float((torch.tensor(guess) == self.test.answer).double().mean())
+        guess = [said[t].most_common(1)[0][0] if t in said else usual for t in part.texts]
+        return float((torch.tensor(guess) == part.answer).double().mean())
 
 
 def _decode(paths: dict[int, str]) -> tuple[Tensor, dict[int, int]]:

@@ -44,8 +44,8 @@ class Fusion(System):
         self.recipe = recipe
         self.data = sources.easy_vqa(recipe.limit)
         self.tokenizer = question_tokenizer(self.data, recipe.model.vocab_size)
-        self.train, self.test = (
-            Asked(part, self.tokenizer) for part in (self.data.train, self.data.test)
+        self.train, self.val, self.test = (
+            Asked(part, self.tokenizer) for part in (self.data.train, self.data.val, self.data.test)
         )
         torch.manual_seed(step_seed(recipe.loop.seed, 0, stream=2))
         config = replace(
@@ -70,30 +70,37 @@ class Fusion(System):
         return {"loss": sum(parts.values()), **parts}
 
     @torch.no_grad()
-    def predictions(self, rows: Tensor) -> Tensor:
-        """Answer of each kind to test questions, [kinds, len(rows)]."""
+    def predictions(self, asked: Asked, rows: Tensor) -> Tensor:
+        """Answer of each kind to questions, [kinds, len(rows)]."""
         self.model.eval()
 
         def answer(part: Tensor) -> Tensor:
-            *inputs, _ = self.test.batch(part)
+            *inputs, _ = asked.batch(part)
             return torch.stack([x.argmax(dim=-1) for x in self.model(*inputs).values()], dim=1)
 
         with autocast(self.recipe.loop.precision):
             return in_batches(answer, rows, size=512).T.long()
 
     def evaluate(self) -> list[Figure]:
-        """Share of test questions answered right, best kind first."""
-        said = self.predictions(torch.arange(len(self.test.part)))
-        right = (said == self.test.part.answer).double().mean(dim=1)
-        chance = self.data.blind_accuracy()
-        figures = [
-            Figure(f"easy-VQA, {kind}", float(value), chance, "question alone", said.shape[1])
-            for kind, value in zip(self.model.zoo, right, strict=True)
-        ]
-        return sorted(figures, key=lambda f: -f.value)
+        """Share of test questions answered right, then of validation questions, which decide the
+        order of the kinds."""
+        kinds, order, out = list(self.model.zoo), None, []
+        for asked, note in ((self.val, ", validation questions"), (self.test, "")):
+            said = self.predictions(asked, torch.arange(len(asked.part)))
+            right = (said == asked.part.answer).double().mean(dim=1)
+            order = right.argsort(descending=True).tolist() if order is None else order
+            chance = self.data.blind_accuracy(asked.part)
+            out = [
+                Figure(f"easy-VQA, {kinds[k]}{note}", float(right[k]), chance, "question alone",
+                       said.shape[1])
+                for k in order
+            ] + out  # fmt: skip
+        return out
 
     def gallery(self) -> list[Picture]:
         """Test questions at even distances, with what the first kind answers."""
         return answered_gallery(
-            self.data.answers, self.test.part, lambda rows: self.predictions(rows)[0]
+            self.data.answers,
+            self.test.part,
+            lambda rows: self.predictions(self.test, rows)[0],
         )

@@ -27,7 +27,7 @@ class VqaRecipe:
     """Everything that decides the numbers of these recipes; `batch_size` counts pictures."""
 
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=1500, batch_size=24, lr=1e-3, compare_steps=8)
+        default_factory=lambda: LoopConfig(steps=3000, batch_size=24, lr=1e-3, compare_steps=8)
     )
     model: VQAConfig = field(default_factory=VQAConfig)
     questions: int = 4
@@ -63,8 +63,8 @@ class VilbertVqa(System):
         self.recipe = recipe
         self.data = sources.easy_vqa(recipe.limit)
         self.tokenizer = question_tokenizer(self.data, recipe.model.vocab_size)
-        self.train, self.test = (
-            Asked(part, self.tokenizer) for part in (self.data.train, self.data.test)
+        self.train, self.val, self.test = (
+            Asked(part, self.tokenizer) for part in (self.data.train, self.data.val, self.data.test)
         )
         torch.manual_seed(step_seed(recipe.loop.seed, 0, stream=2))
         config = replace(
@@ -101,12 +101,12 @@ class VilbertVqa(System):
         return out
 
     @torch.no_grad()
-    def predictions(self, rows: Tensor, shift: int = 0) -> Tensor:
-        """Answers to test questions, [len(rows)], each shown its picture or one `shift` away."""
+    def predictions(self, asked: Asked, rows: Tensor, shift: int = 0) -> Tensor:
+        """Answers to questions, [len(rows)], each shown its picture or one `shift` away."""
         self.model.eval()
 
         def answer(part: Tensor) -> Tensor:
-            b: Batch = self.test.batch(part)
+            b: Batch = asked.batch(part)
             picture = (b.picture + shift) % len(b.images)
             tokens, keep = b.tokens[b.text], b.keep[b.text]
             return self.model.answer_logits(
@@ -117,18 +117,25 @@ class VilbertVqa(System):
             return in_batches(answer, rows, size=512).long()
 
     def evaluate(self) -> list[Figure]:
-        """Share of test questions answered right, with the picture and with another one."""
-        rows, said = torch.arange(len(self.test.part)), self.test.part.answer
-        blind = self.data.blind_accuracy()
+        """Share of test questions answered right, with the picture and with another one, and of
+        validation questions."""
         out = []
-        for name, shift in (("easy-VQA", 0), ("easy-VQA, shown another picture", 7)):
-            right = float((self.predictions(rows, shift) == said).double().mean())
+        for name, asked, shift in (
+            ("easy-VQA", self.test, 0),
+            ("easy-VQA, shown another picture", self.test, 7),
+            ("easy-VQA, validation questions", self.val, 0),
+        ):
+            rows, target = torch.arange(len(asked.part)), asked.part.answer
+            right = float((self.predictions(asked, rows, shift) == target).double().mean())
+            blind = self.data.blind_accuracy(asked.part)
             out.append(Figure(name, right, blind, "question alone", len(rows)))
         return out
 
     def gallery(self) -> list[Picture]:
         """Test questions at even distances with the answers given."""
-        return answered_gallery(self.data.answers, self.test.part, self.predictions)
+        return answered_gallery(
+            self.data.answers, self.test.part, lambda rows: self.predictions(self.test, rows)
+        )
 
 
 class Lxmert(VilbertVqa):
