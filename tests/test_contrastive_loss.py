@@ -1,5 +1,7 @@
 """contrastive_loss: the tests of suites.py, targets of every kind, and well-fitted pairs."""
 
+import dataclasses
+
 import harness
 import pytest
 import torch
@@ -180,6 +182,24 @@ class TestContrastiveLoss(PairLossSuite):
         harness.check_oracle(
             case.replace(logit_scale=torch.zeros_like(negative.tensors["logit_scale"])), backend
         )
+
+    def test_ignored_matches_beyond_exp(self, backend, device):
+        """What leaves the denominator may lie far above all that stays."""
+        case = self.case(SQUARE, device=device, ids=3, duplicates="ignore", logit_scale=200.0)
+        ids = case.options["ids_x"]
+        y = torch.eye(24, device=device)[ids] + 0.01 * case.tensors["y"]
+        x = torch.eye(24, device=device)[ids] + 0.01 * case.tensors["x"]
+        x.diagonal(dim1=-2, dim2=-1)[:] = 0.0  # some rows are far from their own match
+        harness.check_oracle(case.replace(x=x, y=y), backend)
+
+    @pytest.mark.parametrize("columns", [1, 3, 18, 100])
+    def test_all_scores_far_below_zero(self, backend, device, columns):
+        """exp(-lse) overflows; nothing past the end of a tile may come of it."""
+        case = self.case(PairShape(37, columns, 8), device=device, logit_scale=200.0,
+                         positives="repeated")  # fmt: skip
+        y = case.tensors["x"][:1] + 0.01 * case.tensors["y"]
+        far = case.replace(x=-y[:1] + 0.01 * case.tensors["x"], y=y)
+        harness.check_oracle(dataclasses.replace(far, floor=1.0), backend)  # gradients cancel
 
     @pytest.mark.parametrize("bad", [NAN, float("inf")], ids=["nan", "inf"])
     def test_bad_row_stays_in_its_row(self, backend, device, dtype, bad):

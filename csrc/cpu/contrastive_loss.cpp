@@ -240,9 +240,10 @@ class Backward {
               kOneExp ? p * (carry[k] * load(w.transfer.column + at)) : exp2(less * kLog2E);
           ds[k] = p * weight[k] - uniform[k] + q * load(w.column_weight + at) -
                   load(w.column_uniform + at);
-          if (live) ds[k] *= load(live + here);
+          if (live) ds[k] = select(load(live + here) == Vec{}, Vec{}, ds[k]);  // p may be infinite
+          ds[k] = select(t.mask.columns(v), ds[k], Vec{});  // past the end likewise
           total[k] += ds[k] * dots;
-          ds[k] = select(t.mask.columns(v), ds[k] * scale[k], Vec{});
+          ds[k] *= scale[k];
         }
         to.template put<true, true>(i, v, ds[0], count < 2 ? Vec{} : ds[1]);
       }
