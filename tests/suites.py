@@ -206,6 +206,21 @@ class AttentionSuite(OpSuite):
         assert 8e3 < s.abs().max() < 2e4
         harness.check_oracle(case, backend)
 
+    @pytest.mark.parametrize("sizes", [(1, 133), (133, 1), (1, 1)], ids=str)
+    def test_one_key_takes_no_gradient(self, backend, device, dtype, sizes):
+        """A softmax over one key is 1 whatever its score: not even rounding reaches the query."""
+        if backend in ("triton", "cuda"):
+            pytest.skip("rowsum(do * o) and do * v are summed in different orders there")
+        shape = AttentionShape(2, 2, *sizes, 96, 160)
+        case = self.case(shape, dtype, device=device, gain=30.0, return_lse=False, mask=False)
+        got = harness.run(case, backend)
+        queries = {"x": "q_x", "y": "q_y"} if self.op == "co_attention" else {}
+        for side, keys in zip("xy", reversed(sizes), strict=True):
+            if keys == 1 and queries:
+                assert not got[f"d{queries[side]}"].any()
+        if sizes == (1, 1) and not queries:
+            assert not got["dqk_x"].any() and not got["dqk_y"].any()
+
     def test_one_key_hides_the_rest(self, backend, device):
         """A maximum in the first, a middle or the last tile; the others underflow."""
         shape = AttentionShape(1, 1, 259, 259, 32, 32)

@@ -14,6 +14,31 @@ struct TileShape {
   int rows, cols, nv;
 };
 
+// What a row's delta is made of: scores, products with the values, dropout factors (nullptr: none),
+// lse in two parts; and where it accumulates.
+struct DeltaRows {
+  const float *s, *dp, *drop, *lse, *low;
+  float* delta;
+};
+
+// delta = rowsum(p * dp) of the rows of a tile. It cancels against dp exactly where one key takes
+// all of a row, as rowsum(d_o * o), which is summed in another order, does not.
+inline void add_deltas(const Unit& unit, const TileMask& mask, const TileShape& t,
+                       const DeltaRows& a) {
+  const Vec exponent = splat(unit.exponent);
+  for (int i = 0; i < t.rows; ++i) {
+    const Vec lse = splat(a.lse[i]), low = splat(a.low[i]);
+    Vec total{};
+    for (int v = 0; v < t.nv; ++v) {
+      const int at = i * kBlock + v * kLanes;
+      Vec p = exp2((load(a.s + at) - lse - low) * exponent);
+      if (a.drop) p *= load(a.drop + at);
+      total += select(mask.columns(v), p * load(a.dp + at), Vec{});
+    }
+    a.delta[i] += sum(total);
+  }
+}
+
 // `rows` rows of fp32 sums, times factor, to rows row.. of a contiguous output, if there is one.
 inline void write_rows(void* out, DType dtype, const float* acc, int64_t row, int64_t rows,
                        int64_t width, int64_t ld, float factor) {

@@ -31,6 +31,8 @@ class Backward : Tiles {
     width_x_ = round_up(a.Dv_x, kLanes);
     width_y_ = round_up(a.Dv_y, kLanes);
     want_ds_ = g.dqk_x || g.dqk_y || g.dbias;
+    from_tiles_x_ = summed_ || a.N <= kBlock;
+    from_tiles_y_ = a.M <= kBlock;
     if (bias_.of_columns() && group_.size() == heads_) std::swap(sums_.db, bias_.data);
     deal_ = chunk_rows(planes_, a.M, sums_.size() * 4);
     if (bias_.rows_shared()) deal_ = {1, round_up(std::max<int64_t>(a.M, 1), kBlock)};
@@ -172,8 +174,8 @@ class Backward : Tiles {
     for (int64_t i = 0; i < rows; ++i) {
       const Lse2 lse = split_lse(g_.lse_x[row + i], rule_.unit);
       w.lse_x[i] = lse.high, w.low_x[i] = lse.low;
-      w.delta_x[i] =
-          summed_ ? -g_.dlse_x[row + i] : row_delta(d_o, o, g_.dlse_x + row, i, a_.Dv_y, w.floats);
+      w.delta_x[i] = from_tiles_x_ ? -g_.dlse_x[row + i]
+                                   : row_delta(d_o, o, g_.dlse_x + row, i, a_.Dv_y, w.floats);
     }
     if (a_.N > 0 || !first_head(t)) return;
     std::fill(w.dq, w.dq + rows * width_, 0.0f);
@@ -194,15 +196,22 @@ class Backward : Tiles {
     for (int64_t n = 0; n < a_.N; ++n) {
       const Lse2 lse = split_lse(g_.lse_y[bh * a_.N + n], rule_.unit);
       w.lse_y[n] = lse.high, w.low_y[n] = lse.low;
-      w.delta_y[n] = row_delta(d_o, o, g_.dlse_y + bh * a_.N, n, a_.Dv_x, w.floats);
+      w.delta_y[n] = from_tiles_y_ ? -g_.dlse_y[bh * a_.N + n]
+                                   : row_delta(d_o, o, g_.dlse_y + bh * a_.N, n, a_.Dv_x, w.floats);
     }
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
       const int64_t rows = std::min(super_, end - m0), at = summed_ ? m0 - begin : 0;
       w.dq = w.chunk_dq + at * width_, w.dv = w.chunk_dv + at * width_x_;
       pack_rows(w, t, m0, rows);
       look_ahead(w.ahead, bh, m0 + super_,
-                 {{a_.qk_x, a_.D}, {a_.v_x, a_.Dv_x}, {g_.do_x, a_.Dv_y}, {g_.o_x, a_.Dv_y}},
-                 {{a_.qk_y, a_.D}, {a_.v_y, a_.Dv_y}, {g_.do_y, a_.Dv_x}, {g_.o_y, a_.Dv_x}});
+                 {{a_.qk_x, a_.D},
+                  {a_.v_x, a_.Dv_x},
+                  {g_.do_x, a_.Dv_y},
+                  {g_.o_x, from_tiles_x_ ? 0 : a_.Dv_y}},
+                 {{a_.qk_y, a_.D},
+                  {a_.v_y, a_.Dv_y},
+                  {g_.do_y, a_.Dv_x},
+                  {g_.o_y, from_tiles_y_ ? 0 : a_.Dv_x}});
       auto columns = [&](int64_t n0, bool pack) {
         U* column = w.column + (stay_ ? n0 / kBlock : 0) * columns_.size();
         t.n0 = n0;
@@ -216,7 +225,7 @@ class Backward : Tiles {
         for (int64_t n0 = 0; n0 < a_.N; n0 += kBlock) {
           const U* column = columns(n0, m0 == begin);
           products(w, t, 0, column);
-          if (want_ds_) add_deltas(w, t);
+          if (want_ds_) add_deltas(rule_.unit, w.mask, t, delta_rows(w, 0));
         }
       }
       for (int64_t n0 = 0; n0 < a_.N; n0 += kBlock) {
@@ -252,20 +261,22 @@ class Backward : Tiles {
     apply(w, t);
   }
 
-  // delta_x where o_x was summed over heads and is not at hand: p * dp over the columns.
-  void add_deltas(Work& w, const TileShape& t) const {
+  DeltaRows delta_rows(const Work& w, int64_t r) const {
+    return {w.s, w.dpr, w.drop_row, w.lse_x + r, w.low_x + r, w.delta_x + r};
+  }
+
+  // delta_y of a tile with all rows: p * dp over them.
+  void add_column_deltas(Work& w, const TileShape& t) const {
     const Vec exponent = splat(rule_.unit.exponent);
     for (int i = 0; i < t.rows; ++i) {
-      const Vec lse = splat(w.lse_x[i]), low = splat(w.low_x[i]);
-      Vec total{};
+      if (!w.mask.row_kept(i)) continue;
       for (int v = 0; v < t.nv; ++v) {
-        const int at = i * kBlock + v * kLanes;
-        const Vec p = exp2((load(w.s + at) - lse - low) * exponent);
-        Vec dp = load(w.dpr + at);
-        if (w.drop_row) dp *= load(w.drop_row + at);
-        total += select(w.mask.columns(v), p * dp, Vec{});
+        const int at = v * kLanes, here = i * kBlock + at;
+        const Vec less = load(w.s + here) - load(w.column_lse + at) - load(w.column_low + at);
+        Vec p = exp2(less * exponent);
+        if (w.drop_column) p *= load(w.drop_column + here);
+        store(w.column_delta + at, load(w.column_delta + at) + p * load(w.dpc + here));
       }
-      w.delta_x[i] += sum(total);
     }
   }
 
@@ -291,6 +302,10 @@ class Backward : Tiles {
     std::fill(w.column_low + t.cols, w.column_low + kBlock, 0.0f);
     std::copy(w.delta_y + t.n0, w.delta_y + t.n0 + t.cols, w.column_delta);
     std::fill(w.column_delta + t.cols, w.column_delta + kBlock, 0.0f);
+    if (want_ds_ && from_tiles_x_ && !summed_) {
+      add_deltas(rule_.unit, w.mask, t, delta_rows(w, r));
+    }
+    if (want_ds_ && from_tiles_y_) add_column_deltas(w, t);
     if (!w.mask.all_kept || w.mask.row) {
       gradients<true, false>(w, t, r);
     } else {
@@ -404,6 +419,9 @@ class Backward : Tiles {
   int64_t q_, do_, v_, qb_, dob_;  // units packed a block; 0: products read the tensor itself
   ColumnTile columns_;
   bool stay_, want_ds_;
+  // Deltas come from the one tile that a row or column has, see add_deltas; or o_x is the sum over
+  // heads and not at hand.
+  bool from_tiles_x_, from_tiles_y_;
 };
 
 }  // namespace

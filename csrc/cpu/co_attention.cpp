@@ -226,6 +226,7 @@ class Backward : Side {
         bias_{g_.dbias, g_.dbias_stride},
         group_{a.H, bias_.planes_b(a.B), bias_.planes_h(a.H)} {
     want_ds_ = g_.dq || g_.dk || g_.dbias;
+    near_ = s_.N <= kBlock;
     whole_ = s_.M > 0 && s_.M <= 4 * kBlock;
     const int64_t held = std::max<int64_t>(whole_ ? std::min<int64_t>(s_.N, kBlock) : s_.N, 1);
     sums_ = {g_.dk, g_.dv, nullptr, s_.q.dtype, s_.N, s_.D, s_.Dv, s_.scale, held};
@@ -323,7 +324,7 @@ class Backward : Side {
     for (int64_t i = 0; i < rows; ++i) {
       const Lse2 lse = split_lse(g_.lse[row + i], rule_.unit);
       w.lse[i] = lse.high, w.low[i] = lse.low;
-      w.delta[i] = row_delta(d_o, o, g_.dlse + row, i, s_.Dv, w.floats);
+      w.delta[i] = near_ ? -g_.dlse[row + i] : row_delta(d_o, o, g_.dlse + row, i, s_.Dv, w.floats);
     }
     if (s_.N == 0) std::fill(w.dq, w.dq + rows * width_, 0.0f);  // else by the first columns
   }
@@ -339,7 +340,7 @@ class Backward : Side {
       pack_rows(w, t, m0, rows);
       for (int64_t n0 = 0; n0 < s_.N; n0 += kBlock) {
         if (next_is_rows(n0, stay_)) {
-          look_ahead(w.ahead, bh, m0 + super_, {{g_.d_o, s_.Dv}, {g_.o, s_.Dv}});
+          look_ahead(w.ahead, bh, m0 + super_, {{g_.d_o, s_.Dv}, {g_.o, near_ ? 0 : s_.Dv}});
         } else if (!stay_) {
           look_at_columns(w.ahead, bh, n0 + kBlock);
         }
@@ -376,6 +377,9 @@ class Backward : Side {
       scores(d_o, 0, column + kt_, t.rows, t.cols, s_.Dv, w.dp, &w.ahead);
     }
     prepare_tile(w, t);
+    if (near_ && want_ds_) {
+      add_deltas(rule_.unit, w.mask, t, {w.s, w.dp, w.drop, w.lse + r, w.low + r, w.delta + r});
+    }
     w.mask.all_kept ? gradients<false>(w, t, r) : gradients<true>(w, t, r);
     const int64_t block = r / kBlock;
     if (g_.dv) {
@@ -442,6 +446,7 @@ class Backward : Side {
   Chunks deal_;
   int64_t q_, do_, qb_, dob_, kt_, vt_, k_;  // units packed a block; 0: not needed, or not packed
   int64_t super_;
+  bool near_;   // all keys are in one tile, from which the deltas come
   bool whole_;  // all rows meet a column tile at once, so that its sums are done with
   bool stay_, want_ds_;
 };

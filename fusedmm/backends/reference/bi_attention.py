@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .co_attention import kept
+from .co_attention import kept, softmax_bwd
 from .softmax import dropout_factor, full_precision, softmax, upcast
 
 
@@ -46,13 +46,13 @@ def bwd(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of (qk_x, qk_y, v_x, v_y, bias) where `needs`."""
     dtype = qk_x.dtype
-    do_x, do_y, o_x, o_y = upcast(do_x, do_y, o_x, o_y)
+    do_x, do_y = upcast(do_x, do_y)
     qk_x, qk_y, v_x, v_y = upcast(qk_x, qk_y, v_x, v_y)
     s, passes = scores(qk_x, qk_y, bias, clamp, scale)
     f_x = dropout_factor(seed, 0, s.shape, dropout_p, s)
     f_y = dropout_factor(seed, 1, s.shape, dropout_p, s)
-    ds_x, dv_y = _side(s, do_x, o_x, v_y, mask_y, dlse_x, f_x)
-    ds_y, dv_x = _side(s.mT, do_y, o_y, v_x, mask_x, dlse_y, None if f_y is None else f_y.mT)
+    ds_x, dv_y = _side(s, do_x, v_y, mask_y, dlse_x, f_x)
+    ds_y, dv_x = _side(s.mT, do_y, v_x, mask_x, dlse_y, None if f_y is None else f_y.mT)
     ds = ds_x + ds_y.mT  # before the last two products: this is what sharing s saves
     db = None if bias is None else ds.sum_to_size(bias.shape).to(bias.dtype)
     if passes is not None:
@@ -62,7 +62,7 @@ def bwd(
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
-def _side(s, do, o, v, keep, dlse, factor) -> tuple[Tensor, Tensor]:
+def _side(s, do, v, keep, dlse, factor) -> tuple[Tensor, Tensor]:
     """ds of one softmax, and dv."""
     p, _ = softmax(s, keep)
     if keep is not None:
@@ -71,5 +71,4 @@ def _side(s, do, o, v, keep, dlse, factor) -> tuple[Tensor, Tensor]:
     dv = (p if factor is None else p * factor).mT @ do
     if factor is not None:
         dp = dp * factor
-    delta = (do * o).sum(-1) - dlse.to(do.dtype)  # [B, H, M]
-    return p * (dp - delta[..., None]), dv
+    return softmax_bwd(p, dp, dlse), dv

@@ -46,6 +46,15 @@ def attend(q, k, v, keep, bias, scale, dropout_p, seed, direction) -> tuple[Tens
     return o.to(dtype), lse
 
 
+def softmax_bwd(p: Tensor, dp: Tensor, dlse: Tensor) -> Tensor:
+    """ds [B, H, M, N] from the gradients of p and of its lse [B, H, M].
+
+    rowsum(p * dp) is rowsum(do * o), but cancels exactly against dp where one key takes all.
+    """
+    delta = (p * dp).sum(-1) - dlse.to(dp.dtype)
+    return p * (dp - delta[..., None])
+
+
 def kept(p: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
     """p @ v where rows of v that are not kept count as zero, also if they hold NaN."""
     return p @ (v if keep is None else v.masked_fill(~keep[:, None, :, None], 0.0))
@@ -58,21 +67,21 @@ def bwd(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of (q_x, k_x, v_x, q_y, k_y, v_y, bias_xy, bias_yx) where `needs`."""
     dq_x, dk_y, dv_y, db_x = attend_bwd(
-        do_x, dlse_x, q_x, k_y, v_y, mask_y, bias_xy, o_x, scale_x, dropout_p, seed, 0
+        do_x, dlse_x, q_x, k_y, v_y, mask_y, bias_xy, scale_x, dropout_p, seed, 0
     )
     dq_y, dk_x, dv_x, db_y = attend_bwd(
-        do_y, dlse_y, q_y, k_x, v_x, mask_x, bias_yx, o_y, scale_y, dropout_p, seed, 1
+        do_y, dlse_y, q_y, k_x, v_x, mask_x, bias_yx, scale_y, dropout_p, seed, 1
     )
     grads = (dq_x, dk_x, dv_x, dq_y, dk_y, dv_y, db_x, db_y)
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
 def attend_bwd(
-    do, dlse, q, k, v, keep, bias, o, scale, dropout_p, seed, direction
+    do, dlse, q, k, v, keep, bias, scale, dropout_p, seed, direction
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dbias of one direction."""
     dtype = q.dtype
-    do, o, q, k, v = upcast(do, o, q, k, v)
+    do, q, k, v = upcast(do, q, k, v)
     if keep is not None:
         k, v = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (k, v))
     s = scale * q @ k.mT  # [B, H, M, N]
@@ -82,10 +91,7 @@ def attend_bwd(
     dv = (p if factor is None else p * factor).mT @ do
     if factor is not None:
         dp = dp * factor
-    delta = (do * o).sum(-1) - dlse.to(
-        do.dtype
-    )  # [B, H, M], the softmax's own term and that of lse
-    ds = p * (dp - delta[..., None])
+    ds = softmax_bwd(p, dp, dlse)
     dq, dk = scale * ds @ k, scale * ds.mT @ q
     db = None if bias is None else ds.sum_to_size(bias.shape).to(bias.dtype)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), db
