@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-gpu cuda lint clean bench sanitize build wheel test-previous
+.PHONY: run test test-recipes test-gpu cuda lint clean bench sanitize build wheel test-previous
 
 run: build
 	$(PY) -m fusedmm run
@@ -17,7 +17,11 @@ bench: build
 	$(PY) -m benchmarks.report
 
 test: lint
-	$(PY) -m pytest -q -n 2 -m "not gpu"
+	$(PY) -m pytest -q -n 2 -m "not gpu and not recipe"
+
+# Every recipe, shortened, against chance. Takes a quarter of an hour.
+test-recipes: build
+	$(PY) -m pytest -q -m recipe tests/test_recipes.py $(ARGS)
 
 # GPU tests: on a real GPU if there is one, else on the virtual one, as sm_80 and as sm_90. Without
 # GPU_TESTS= they are the simulator's own, those of the GPU kernels, and of the suites what these do

@@ -85,6 +85,8 @@ class VQA(nn.Module):
         self.word_head = WordHead(self.embeddings.word_embeddings)
         init_bert(self)
         self.stem = conv_stem(width, config.patch_size, batch_norm=True)
+        # 0.5, not 0.02: cells must differ by place from the start (600 steps of `dialogue`, seed 1,
+        # validation scenes: where, 94.8 % against 25.8 %).
         self.position = nn.Parameter(torch.randn(grid**2, width) * 0.5)
         self.time = nn.Parameter(torch.randn(config.frames, 1, width) * 0.02)
         self.norm = nn.LayerNorm(width)
