@@ -48,15 +48,16 @@ def test_kernels_run_on_the_current_stream():
 
 
 def test_geometry_fits_the_devices():
-    """General kernels fit every device from sm_80 on, resident ones at least sm_80's 163 KiB."""
+    """General kernels fit every device from sm_80 on; resident ones and those of tall tiles, which
+    others replace, at least sm_80's 163 KiB."""
     kernels = _C.kernels()
     assert {k["kernel"] for k in kernels} == {
         "attend_fwd_kernel", "owner_bwd_kernel", "dbias_kernel", "resident_fwd_kernel",
         "resident_bwd_kernel", "fused_fwd_kernel", "fused_bwd_kernel",
     }  # fmt: skip
     for k in kernels:
-        resident = k["kernel"].startswith("resident")
-        assert k["smem"] <= (163 if resident else 99) * KIB, k
+        large = k["rows"] > 64 if k["kernel"] == "owner_bwd_kernel" else "resident" in k["kernel"]
+        assert k["smem"] <= (163 if large else 99) * KIB, k
         assert k["threads"] % 32 == 0 and 0 < k["threads"] <= 256
         assert k["rows"] % 16 == 0 and k["cols"] % 16 == 0
 
@@ -116,8 +117,5 @@ def test_machine_code():
 
 @pytest.mark.skipif(gpu_resources.tool("cuobjdump") is None, reason="no cuobjdump")
 @pytest.mark.skipif(_C.archs.removesuffix("+PTX") != "8.0", reason="only sm_80 was worked on")
-def test_nothing_spills_but_one_kernel():
-    """Chunks of 32 columns, a single stage, selects for branches left it at 24 bytes or more."""
-    spilling = {r.name for r in gpu_resources.read() if gpu_resources.spills(r)}
-    dtypes = "6__half", "13__nv_bfloat16"
-    assert spilling <= {f"resident_fwd_kernelI{t}Li32ELi128EE" for t in dtypes}
+def test_nothing_spills():
+    assert not [r.name for r in gpu_resources.read() if gpu_resources.spills(r)]

@@ -9,63 +9,89 @@
 namespace fmm::cuda {
 namespace {
 
-// Statistics of 16 rows of pair[.].a a block, eight lanes a row, see Stats; rows past the end get
-// harmless ones.
-template <typename T>
-__global__ void __launch_bounds__(128) delta_kernel(const __grid_constant__ Attention all) {
-  constexpr int kPer16 = 16 / sizeof(T);
-  __shared__ float most[4];
-  const int side = blockIdx.x < all.first ? 0 : 1;
-  const Pair& p = all.pair[side];
-  const Stats& st = p.a.stats;
-  const int64_t pid = blockIdx.x - (side ? all.first : 0);
-  const Place at(pid, st.padded / 16, all.H);
-  const int head = at.head, lane = threadIdx.x % 8, row = at.block * 16 + threadIdx.x / 8;
-  const float centre = centre_of(p, head);
-  const Matrix<T> o(p.a.o_in, at.b, at.h, p.a.rows, p.a.width_o);
-  const Matrix<T> g(p.a.d_o, at.b, at.h, p.a.rows, p.a.width_o);
-  float sum = 0.0f, hi = centre, lo = 0.0f;
-  if (row < o.rows) {
-    const T *o_row = o.data + row * o.stride_m, *g_row = g.data + row * g.stride_m;
-    const bool vectors = o.vectors && g.vectors;
-#pragma unroll 1
-    for (int d = lane * kPer16; d < o.width; d += 8 * kPer16) {
-      if (vectors && d + kPer16 <= o.width) {
-        const uint4 x = *reinterpret_cast<const uint4*>(o_row + d);
-        const uint4 y = *reinterpret_cast<const uint4*>(g_row + d);
+constexpr int kLanes = 8;             // a row of delta_kernel
+constexpr int kAtOnce = 32 / kLanes;  // rows a warp reads at once
+
+// sum[i] over the lanes of a row, on its lane i.
+__device__ inline float sum_rows(float (&sum)[kLanes]) {
+  const int lane = threadIdx.x % kLanes;
 #pragma unroll
-        for (int i = 0; i < kPer16; ++i) {
-          sum = fmaf(static_cast<float>(reinterpret_cast<const T*>(&x)[i]),
-                     static_cast<float>(reinterpret_cast<const T*>(&y)[i]), sum);
-        }
+  for (int k = kLanes / 2; k > 0; k /= 2) {
+#pragma unroll
+    for (int i = 0; i < k; ++i) {
+      const bool upper = lane & k;
+      const float mine = upper ? sum[i + k] : sum[i], theirs = upper ? sum[i] : sum[i + k];
+      sum[i] = mine + __shfl_xor_sync(~0u, theirs, k);
+    }
+  }
+  return sum[0];
+}
+
+// rowsum(g * o) of row `first` + kAtOnce * (lane % kLanes) + lane / kLanes, 0 past the end.
+template <typename T>
+__device__ inline float dot_rows(const Matrix<T>& o, const Matrix<T>& g, int first) {
+  constexpr int kPer16 = 16 / sizeof(T);
+  const int lane = threadIdx.x % kLanes, row0 = first + threadIdx.x % 32 / kLanes;
+  const T *o_row = o.data + row0 * o.stride_m, *g_row = g.data + row0 * g.stride_m;
+  const bool vectors = o.vectors && g.vectors && o.width % kPer16 == 0;
+  float sum[kLanes];
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) sum[i] = 0.0f;
+  for (int d = lane * kPer16; d < o.width; d += kLanes * kPer16) {
+    const T *x = o_row, *y = g_row;
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i, x += kAtOnce * o.stride_m, y += kAtOnce * g.stride_m) {
+      if (row0 + kAtOnce * i >= o.rows) break;
+      if (vectors) {
+        float a[kPer16], b[kPer16];
+        unpack<T>(a, load_global(x + d));
+        unpack<T>(b, load_global(y + d));
+#pragma unroll
+        for (int e = 0; e < kPer16; ++e) sum[i] = fmaf(a[e], b[e], sum[i]);
       } else {
-        for (int i = d; i < min(d + kPer16, o.width); ++i) {
-          sum = fmaf(static_cast<float>(o_row[i * o.stride_d]),
-                     static_cast<float>(g_row[i * g.stride_d]), sum);
+#pragma unroll 1
+        for (int e = d; e < min(d + kPer16, o.width); ++e) {
+          sum[i] = fmaf(static_cast<float>(x[e * o.stride_d]),
+                        static_cast<float>(y[e * g.stride_d]), sum[i]);
         }
       }
     }
+  }
+  return sum_rows(sum);
+}
+
+// Statistics of kStatRows rows of pair[.].a a block, one a lane, see Stats; rows past the end get
+// harmless ones.
+template <typename T>
+__global__ void __launch_bounds__(kStatRows) delta_kernel(const __grid_constant__ Attention all) {
+  const int side = blockIdx.x < all.first ? 0 : 1;
+  const Pair& p = all.pair[side];
+  const Stats& st = p.a.stats;
+  const Place at(blockIdx.x - (side ? all.first : 0), st.padded / kStatRows, all.H);
+  const int head = at.head, lane = threadIdx.x % 32;
+  const int first = at.block * kStatRows + threadIdx.x / 32 * 32;
+  const int row = first + lane % kLanes * kAtOnce + lane / kLanes;
+  const float centre = centre_of(p, head);
+  float delta = dot_rows(Matrix<T>(p.a.o_in, at.b, at.h, p.a.rows, p.a.width_o),
+                         Matrix<T>(p.a.d_o, at.b, at.h, p.a.rows, p.a.width_o), first);
+  float hi = centre, lo = 0.0f;
+  if (row < p.a.rows) {
     const double lse = p.a.lse[head * p.a.rows + row] * (1.0 / kLn2);
     if (lse != -kInf) hi = static_cast<float>(lse), lo = static_cast<float>(lse - hi);
+    delta -= p.a.dlse[head * p.a.rows + row];
   }
-#pragma unroll
-  for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  if (row < o.rows) sum -= p.a.dlse[head * p.a.rows + row];
   const float c = 0.5f * (hi + centre), half = c - centre;
-  const float values[kStats] = {hi, lo, sum, half, exp2f(half), exp2f(c - hi - lo)};
-  float mine = values[0];
+  const float values[kStats] = {hi, lo, delta, half, exp2f(half), exp2f(c - hi - lo)};
 #pragma unroll
-  for (int k = 1; k < kStats; ++k) mine = lane == k ? values[k] : mine;
-  const int64_t to = (lane * all.B * all.H + head) * st.padded + row;
-  if (lane < kStats) st.data[to] = mine;
+  for (int k = 0; k < kStats; ++k) {
+    st.data[(k * all.B * all.H + head) * st.padded + row] = values[k];
+  }
   float far = fabsf(half) <= 1e30f ? fabsf(half) : kInf;
 #pragma unroll
-  for (int step = 8; step < 32; step *= 2) far = fmaxf(far, __shfl_xor_sync(~0u, far, step));
-  if (threadIdx.x % 32 == 0) most[threadIdx.x / 32] = far;
-  __syncthreads();  // orders each warp's maximum before their joint one
-  if (threadIdx.x == 0) {
-    st.far[pid] = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+  for (int step = 1; step < 32; step *= 2) {  // 16 rows: half of the lanes of each that is read
+    if (step * kAtOnce != 16) far = fmaxf(far, __shfl_xor_sync(~0u, far, step));
   }
+  if (lane < kLanes && lane % 4 == 0) st.far[head * (st.padded / 16) + row / 16] = far;
 }
 
 // Shared memory of a block: a's tiles, then per stage b's tiles; then per stage b's statistics;
@@ -93,10 +119,10 @@ struct Layout {
   }
 };
 
-template <bool kRow, bool kCol, typename T, int kWidth>
-__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
+template <bool kRow, bool kCol, typename T, int kWidth, bool kTall>
+__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, kTall>::kThreads, 1)
     owner_bwd_kernel(const __grid_constant__ Attention all) {
-  using S = OwnerBwd<sizeof(T), kWidth>;
+  using S = OwnerBwd<sizeof(T), kWidth, kTall>;
   using L = Layout<kRow, kCol, T, kWidth, S>;
   constexpr int kNT = S::kNT, kDT = kWidth / 8 / S::kSplit;
   static_assert(S::kMT == 1);
@@ -113,10 +139,12 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
 
   // In shared memory: between loads they take no registers.
   Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
-  if (threadIdx.x == 0) walked = Sources<T>(p.b, p.width, b, h, kCol);
-  load_tiles<S::kRows, S::kThreads, kCol, kRow>(own, Sources<T>(p.a, p.width, b, h, kRow), m0);
+  if (threadIdx.x == 0) walked = Sources<T>(p.b, p.width, b, h, kCol, kWidth);
+  load_tiles<S::kRows, S::kThreads, kCol, kRow>(own, Sources<T>(p.a, p.width, b, h, kRow, kWidth),
+                                                m0);
   __syncthreads();  // orders the write of `walked` before its reads
   const RowStats stats(p.a, Keep(p.a.keep, b), head, m0 + row0, centre, heads);
+  const Lanes<Tile<T, kWidth>> lanes;
   float dqk[1][kDT][4], dv[1][kDT][4];
   clear(dqk);
   clear(dv);
@@ -132,20 +160,21 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
     const Tiles<T, kWidth> other = L::walked(base, stage);
     float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
     uint64_t passes[1];
-    ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, b, h, own, other, L::stats(base, stage),
-                        stats, row0, m0 + row0, j * S::kCols);
+    ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, b, h, own, other, lanes,
+                        L::stats(base, stage), stats, row0, m0 + row0, j * S::kCols);
     if (!p.plain) {
 #pragma unroll
       for (int i = 0; i < kNT * 4; ++i) {
         ds[0][i / 4][i % 4] = gate(passes[0], i, ds[0][i / 4][i % 4]);
       }
     }
-    dot_regs(dqk, ds, other.qk, col0);
-    if constexpr (kCol) dot_regs(dv, pf_col, other.d_o, col0);
+    dot_regs(dqk, ds, other.qk, col0, lanes);
+    if constexpr (kCol) dot_regs(dv, pf_col, other.d_o, col0, lanes);
   });
 
   __syncthreads();  // orders the last reads of a's tiles before the results that take their place
-  const Tile<T, 8 * kDT> room{base + warp * 16 * 8 * kDT * static_cast<uint32_t>(sizeof(T))};
+  using Room = Tile<T, 8 * kDT, true>;
+  const Room room{base + warp * 16 * Room::kRowBytes};
   if (p.a.dqk) {
 #pragma unroll
     for (int i = 0; i < 4 * kDT; ++i) dqk[0][i / 4][i % 4] *= p.scale;
@@ -165,9 +194,9 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
 // A block owns one tile of the bias's gradient and adds, in a fixed order, all of ds that falls on
 // it.
 template <bool kRow, bool kCol, typename T, int kWidth>
-__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
+__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, false>::kThreads, 1)
     dbias_kernel(const __grid_constant__ BiasGrad grad) {
-  using S = OwnerBwd<sizeof(T), kWidth>;
+  using S = OwnerBwd<sizeof(T), kWidth, false>;
   using L = Layout<kRow, kCol, T, kWidth, S>;
   constexpr int kNT = S::kNT, kPitch = S::kCols + 1;
   static_assert(S::kRows * kPitch * sizeof(float) <= L::kBytes);
@@ -188,6 +217,7 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = warp / S::kSplit * 16;
   const uint32_t base = shared_address(smem);
   const Tiles<T, kWidth> own = L::own(base), other = L::walked(base, 0);
+  const Lanes<Tile<T, kWidth>> lanes;
   float acc[1][kNT][4];
   clear(acc);
   for (int b = slot / slots[1]; b < B; b += slots[0]) {
@@ -195,8 +225,8 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
       const int head = b * H + h;
       __syncthreads();  // orders the reads of the last head's sources before their overwriting
       if (threadIdx.x == 0) {
-        sources[0] = Sources<T>(p.a, p.width, b, h, kRow);
-        sources[1] = Sources<T>(p.b, p.width, b, h, kCol);
+        sources[0] = Sources<T>(p.a, p.width, b, h, kRow, kWidth);
+        sources[1] = Sources<T>(p.b, p.width, b, h, kCol, kWidth);
       }
       const float centre = centre_of(p, head);
       for (int m0 = tile_m * S::kRows; m0 < end_m; m0 += S::kRows) {
@@ -212,7 +242,7 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth>::kThreads, 1)
           __syncthreads();  // orders the writes of the tile before its reads
           float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
           uint64_t passes[1];
-          ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, b, h, own, other,
+          ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, b, h, own, other, lanes,
                               L::stats(base, 0), stats, row0, m0 + row0, n0);
 #pragma unroll
           for (int i = 0; i < kNT * 4; ++i) {
@@ -263,9 +293,8 @@ Kernel by_softmax(Softmax which, const Make& make) {
   }
 }
 
-template <bool kRow, bool kCol, typename T, int kWidth>
+template <bool kRow, bool kCol, typename T, int kWidth, typename S>
 Kernel kernel(const void* function) {
-  using S = OwnerBwd<sizeof(T), kWidth>;
   return {function, S::kRows, S::kCols, S::kThreads, Layout<kRow, kCol, T, kWidth, S>::kBytes};
 }
 
@@ -274,17 +303,19 @@ Kernel kernel(const void* function) {
 Kernel delta(DType dtype) {
   return pick(dtype, 32, [](auto type, auto) {
     using T = typename decltype(type)::Type;
-    return Kernel{reinterpret_cast<const void*>(&delta_kernel<T>), 16, 0, 128, 0};
+    return Kernel{reinterpret_cast<const void*>(&delta_kernel<T>), kStatRows, 0, kStatRows, 0};
   });
 }
 
-Kernel owner_bwd(DType dtype, int width, Softmax which) {
-  return pick(dtype, width, [which](auto type, auto w) {
+Kernel owner_bwd(DType dtype, int width, Softmax which, bool tall) {
+  return pick(dtype, width, [=](auto type, auto w) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
-    return by_softmax(which, [](auto row, auto col) {
-      return kernel<row, col, T, kW>(
-          reinterpret_cast<const void*>(&owner_bwd_kernel<row, col, T, kW>));
+    return by_softmax(which, [tall](auto row, auto col) {
+      return by_height<kHasTall<sizeof(T), kW>>(tall, [&](auto tall) {
+        return kernel<row, col, T, kW, OwnerBwd<sizeof(T), kW, tall>>(
+            reinterpret_cast<const void*>(&owner_bwd_kernel<row, col, T, kW, tall>));
+      });
     });
   });
 }
@@ -294,7 +325,8 @@ Kernel dbias(DType dtype, int width, Softmax which) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
     return by_softmax(which, [](auto row, auto col) {
-      return kernel<row, col, T, kW>(reinterpret_cast<const void*>(&dbias_kernel<row, col, T, kW>));
+      return kernel<row, col, T, kW, OwnerBwd<sizeof(T), kW, false>>(
+          reinterpret_cast<const void*>(&dbias_kernel<row, col, T, kW>));
     });
   });
 }

@@ -8,18 +8,21 @@
 namespace fmm::cuda {
 namespace {
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, typename S>
 constexpr int smem_bytes() {
-  using S = AttendFwd<sizeof(T), kWidth>;
   const int tiles = (S::kRows + 2 * S::kStages * S::kCols) * kWidth * static_cast<int>(sizeof(T));
   return tiles + 2 * static_cast<int>(sizeof(Matrix<T>));
 }
 
+// How far, in base 2, scores may exceed the maximum that a row's sums refer to before they are
+// scaled anew: p stays within 2^8, which every type holds.
+constexpr float kSlack = 8.0f;
+
 // A block owns kRows queries of one head and walks the keys; p stays in registers.
-template <typename T, int kWidth>
-__global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads, 1)
+template <typename T, int kWidth, bool kTall>
+__global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads, 1)
     attend_fwd_kernel(const __grid_constant__ Attention all) {
-  using S = AttendFwd<sizeof(T), kWidth>;
+  using S = AttendFwd<sizeof(T), kWidth, kTall>;
   constexpr int kMT = S::kMT, kNT = S::kNT, kDT = kWidth / 8 / S::kSplit;
   extern __shared__ __align__(1024) char smem[];
   const int side = blockIdx.x < all.first ? 0 : 1;
@@ -34,31 +37,32 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads, 1)
   const uint32_t stages = q.base + S::kRows * kWidth * sizeof(T);
   const Keep keep(p.b.keep, b);
   // In shared memory: between loads they take no registers.
-  Matrix<T>* walked = reinterpret_cast<Matrix<T>*>(smem + smem_bytes<T, kWidth>()) - 2;
+  Matrix<T>* walked = reinterpret_cast<Matrix<T>*>(smem + smem_bytes<T, kWidth, S>()) - 2;
   if (threadIdx.x == 0) {
-    walked[0] = Matrix<T>(p.b.qk, b, h, p.b.rows, p.width);
-    walked[1] = Matrix<T>(p.b.v, b, h, p.b.rows, p.b.width_v);
+    walked[0] = Matrix<T>(p.b.qk, b, h, p.b.rows, p.width, keep);
+    walked[1] = Matrix<T>(p.b.v, b, h, p.b.rows, p.b.width_v, keep);
   }
   const float unit = unit_of(p);
 
+  const Lanes<Tile<T, kWidth>> lanes;
   float o[kMT][kDT][4], top[kMT][2], total[kMT][2];
   clear(o);
 #pragma unroll
   for (int i = 0; i < 2 * kMT; ++i) top[i / 2][i % 2] = -kInf, total[i / 2][i % 2] = 0.0f;
 
-  load_tile<S::kRows, S::kThreads>(q, Matrix<T>(p.a.qk, b, h, p.a.rows, p.width), m0, Keep());
+  load_tile<S::kRows, S::kThreads>(q, Matrix<T>(p.a.qk, b, h, p.a.rows, p.width), m0);
   __syncthreads();  // orders the writes of `walked` before their reads
   const auto load = [&](int j, int stage) {
     const Tile<T, kWidth> k{stages + 2 * stage * kTileBytes}, v{k.base + kTileBytes};
-    load_tile<S::kCols, S::kThreads>(k, walked[0], j * S::kCols, keep);
-    load_tile<S::kCols, S::kThreads>(v, walked[1], j * S::kCols, keep);
+    load_tile<S::kCols, S::kThreads>(k, walked[0], j * S::kCols);
+    load_tile<S::kCols, S::kThreads>(v, walked[1], j * S::kCols);
   };
   walk<S::kStages>(static_cast<int>(ceil_div(p.b.rows, S::kCols)), load, [&](int j, int stage) {
     const Tile<T, kWidth> k{stages + 2 * stage * kTileBytes}, v{k.base + kTileBytes};
     const int n0 = j * S::kCols;
     float s[kMT][kNT][4];
     clear(s);
-    dot_scores(s, q, row0, k);
+    dot_scores(s, q, row0, k, lanes);
     uint64_t passes[kMT];
     s_tile(s, p, b, h, m0 + row0, n0, passes);
     const ColumnBits<kNT> kept(keep, n0, p.b.rows);
@@ -73,29 +77,38 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads, 1)
     }
 #pragma unroll
     for (int m = 0; m < kMT; ++m) {
-      float alpha[2];
+      float most[2];
+      bool raise = false;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float most = -kInf;
+        most[r] = -kInf;
 #pragma unroll
-        for (int n = 0; n < kNT; ++n) most = fmaxf(most, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+        for (int i = 0; i < 2 * kNT; ++i) most[r] = fmaxf(most[r], s[m][i / 2][2 * r + i % 2]);
         // One rounding of the shift, which every later exponent repeats.
-        most = fmaxf(quad_max(most) * unit, top[m][r]);
-        const float safe = finite_or(most, 0.0f);
-        alpha[r] = exp2_fast(top[m][r] - safe);
-        top[m][r] = most;
-        float sum = 0.0f;
+        most[r] = quad_max(most[r]) * unit;
+        raise = raise || most[r] > top[m][r] + kSlack;
+      }
+      if (__any_sync(~0u, raise)) {
+        float alpha[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          most[r] = fmaxf(most[r], top[m][r]);
+          alpha[r] = exp2_fast(top[m][r] - finite_or(most[r], 0.0f));
+          top[m][r] = most[r];
+          total[m][r] *= alpha[r];
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * kDT; ++i) o[m][i / 4][i % 4] *= alpha[i % 4 / 2];
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float safe = finite_or(top[m][r], 0.0f);
 #pragma unroll
         for (int i = 0; i < 2 * kNT; ++i) {
           float& x = s[m][i / 2][2 * r + i % 2];
           x = exp2_fast(fmaf(x, unit, -safe));
-          sum += x;
+          total[m][r] += x;
         }
-        total[m][r] = total[m][r] * alpha[r] + sum;
-      }
-      if (__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) {
-#pragma unroll
-        for (int i = 0; i < 4 * kDT; ++i) o[m][i / 4][i % 4] *= alpha[i % 4 / 2];
       }
     }
     if (all.dropout.on) {
@@ -104,12 +117,13 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads, 1)
 #pragma unroll
       for (int m = 0; m < kMT; ++m) drop_tile(s[m], on[m], all.dropout.factor);
     }
-    dot_regs(o, s, v, col0);
+    dot_regs(o, s, v, col0, lanes);
   });
 
   __syncthreads();  // orders the last reads of q before the results that take its place
   T* out = static_cast<T*>(p.a.o) + head * p.a.rows * p.a.width_o;
-  const Tile<T, 8 * kDT> room{q.base + warp * 16 * 8 * kDT * static_cast<uint32_t>(sizeof(T))};
+  using Room = Tile<T, 8 * kDT, true>;
+  const Room room{q.base + warp * 16 * Room::kRowBytes};
 #pragma unroll
   for (int m = 0; m < kMT; ++m) {
     const int first = m0 + row0 + 16 * m;
@@ -132,12 +146,15 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth>::kThreads, 1)
 
 }  // namespace
 
-Kernel attend_fwd(DType dtype, int width) {
-  return pick(dtype, width, [](auto type, auto w) {
+Kernel attend_fwd(DType dtype, int width, bool tall) {
+  return pick(dtype, width, [tall](auto type, auto w) {
     using T = typename decltype(type)::Type;
-    using S = AttendFwd<sizeof(T), w>;
-    return Kernel{reinterpret_cast<const void*>(&attend_fwd_kernel<T, w>), S::kRows, S::kCols,
-                  S::kThreads, smem_bytes<T, w>()};
+    constexpr int kW = w;
+    return by_height<kHasTall<sizeof(T), kW>>(tall, [](auto tall) {
+      using S = AttendFwd<sizeof(T), kW, tall>;
+      return Kernel{reinterpret_cast<const void*>(&attend_fwd_kernel<T, kW, tall>), S::kRows,
+                    S::kCols, S::kThreads, smem_bytes<T, kW, S>()};
+    });
   });
 }
 

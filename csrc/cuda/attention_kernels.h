@@ -13,6 +13,14 @@ struct Kernel {
   int threads = 0, smem = 0;
 };
 
+// make(tall) with the flag as a constant, a Kernel without function where no tile is tall.
+template <bool kHasTall, typename Make>
+Kernel by_height(bool tall, const Make& make) {
+  if (!tall) return make(std::false_type());
+  if constexpr (kHasTall) return make(std::true_type());
+  return {};
+}
+
 // Which softmax's gradient a kernel of the backward computes: that over a row of s, whose keys are
 // the walked stream's tokens, over a column, or both.
 enum class Softmax { kRow, kColumn, kBoth };
@@ -22,9 +30,10 @@ Kernel resident_fwd(DType dtype, int width, int64_t cols);
 Kernel merge(DType dtype);  // after resident_fwd, where a head has several chunks
 Kernel resident_bwd(DType dtype, int width, int64_t cols);
 Kernel sum_chunks(DType dtype);  // after resident_bwd, likewise
-Kernel attend_fwd(DType dtype, int width);
+// `tall`: with the larger of two tiles; a Kernel without function where there is but one.
+Kernel attend_fwd(DType dtype, int width, bool tall);
 Kernel delta(DType dtype);
-Kernel owner_bwd(DType dtype, int width, Softmax which);
+Kernel owner_bwd(DType dtype, int width, Softmax which, bool tall);
 Kernel dbias(DType dtype, int width, Softmax which);
 
 }  // namespace fmm::cuda

@@ -78,11 +78,13 @@ struct Regime {
     }
     problem.all = all;
     if (M < N) std::swap(problem.all.pair[0], problem.all.pair[1]);
-    // One block a multiprocessor in all, and no fewer than one a head.
+    // At most one block a multiprocessor in all, but one a head, and none of few rows: every
+    // further block of a head writes and reads its share of b's results.
+    constexpr int64_t kFewRows = 128;
     const int64_t heads = all.B * all.H, rows = problem.all.pair[0].a.rows;
     const int64_t tiles = (rows + kernel.rows - 1) / kernel.rows;
-    const int64_t share = (multiprocessors(on) + heads - 1) / heads;
-    const int64_t wanted = std::min(tiles, share);
+    const int64_t share = std::min(multiprocessors(on) / heads, rows / kFewRows);
+    const int64_t wanted = std::max(share, int64_t{1});
     problem.chunk = (tiles + wanted - 1) / wanted * kernel.rows;
     problem.chunks = (rows + problem.chunk - 1) / problem.chunk;
   }
@@ -120,9 +122,20 @@ void launch_resident_bwd(Regime& r, const at::Tensor& on) {
   launch_resident(r, p.width + p.b.width_v, k, all, on);
 }
 
-void launch_fwd(Attention& all, const at::Tensor& on) {
-  const Kernel k = attend_fwd(dtype_of(on), width_of(all));
+// Launches pick(tall) on the rows of both pairs: taller tiles where every multiprocessor has one.
+template <typename Pick>
+void launch_rows(Attention& all, const at::Tensor& on, const Pick& pick) {
+  Kernel k = pick(true);
+  if (k.function == nullptr || k.smem > max_shared(on) ||
+      row_programs(all, k.rows) < multiprocessors(on)) {
+    k = pick(false);
+  }
   launch(k.function, row_programs(all, k.rows), k.threads, k.smem, all, on);
+}
+
+void launch_fwd(Attention& all, const at::Tensor& on) {
+  const auto pick = [&](bool tall) { return attend_fwd(dtype_of(on), width_of(all), tall); };
+  launch_rows(all, on, pick);
 }
 
 Attention bi(const at::Tensor& qk_x, const at::Tensor& qk_y, const at::Tensor& v_x,
@@ -192,11 +205,11 @@ void launch_delta(Attention& all, const at::Tensor& on) {
 
 // One launch of the backward for the rows of either pair's `a` that want gradients.
 void launch_owner(Attention all, Softmax which, const at::Tensor& on) {
-  const Kernel k = owner_bwd(dtype_of(on), width_of(all), which);
   for (Pair& p : all.pair) {
     if (!p.a.dqk && !p.a.dv) p.a.rows = 0;  // no programs
   }
-  launch(k.function, row_programs(all, k.rows), k.threads, k.smem, all, on);
+  const auto pick = [&](bool tall) { return owner_bwd(dtype_of(on), width_of(all), which, tall); };
+  launch_rows(all, on, pick);
 }
 
 // The gradient of a bias. Where it is constant over the keys of a softmax, ds of that softmax sums

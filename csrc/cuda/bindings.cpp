@@ -48,9 +48,15 @@ std::vector<pybind11::dict> kernels() {
   for (const auto& [dtype, mangled] : dtypes) {
     for (const int width : {32, 64, 128, 256}) {
       const std::string tail = std::string(mangled) + "Li" + std::to_string(width) + "E";
-      add("attend_fwd_kernel", tail, fmm::cuda::attend_fwd(dtype, width));
+      for (const bool tall : {false, true}) {
+        const std::string height = tall ? "Lb1E" : "Lb0E";
+        add("attend_fwd_kernel", tail + height, fmm::cuda::attend_fwd(dtype, width, tall));
+        for (const auto& [which, flags] : softmaxes) {
+          const Kernel k = fmm::cuda::owner_bwd(dtype, width, which, tall);
+          add("owner_bwd_kernel", flags + tail + height, k);
+        }
+      }
       for (const auto& [which, flags] : softmaxes) {
-        add("owner_bwd_kernel", flags + tail, fmm::cuda::owner_bwd(dtype, width, which));
         add("dbias_kernel", flags + tail, fmm::cuda::dbias(dtype, width, which));
       }
       int before = 0;

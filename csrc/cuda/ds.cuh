@@ -55,12 +55,6 @@ __device__ inline void load_stats(uint32_t to, const Stream& b, int head, int n0
   cp_async16(to + threadIdx.x * 16, from + n0 + at, 16);
 }
 
-__device__ inline float2 load_shared2(uint32_t address) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
-  return v;
-}
-
 // A tile of a's rows: qk, d_o (row softmax) and v (column softmax); and the same of b.
 template <typename T, int kWidth>
 struct Tiles {
@@ -72,21 +66,23 @@ struct Tiles {
 template <typename T>
 struct Sources {
   Matrix<T> qk, v, d_o;
-  Keep qk_keep, v_keep;
+  int plain;  // of all that are there
 
-  __device__ Sources(const Stream& s, int64_t width, int b, int h, bool queries)
-      : qk(s.qk, b, h, s.rows, width),
-        v(s.v, b, h, s.rows, s.width_v),
+  __device__ Sources(const Stream& s, int64_t width, int b, int h, bool queries, int tile_width)
+      : qk(s.qk, b, h, s.rows, width, queries ? Keep() : Keep(s.keep, b)),
+        v(s.v, b, h, s.rows, s.width_v, Keep(s.keep, b)),
         d_o(s.d_o, b, h, s.rows, s.width_o),
-        qk_keep(queries ? Keep() : Keep(s.keep, b)),
-        v_keep(s.keep, b) {}
+        plain(qk.plain(tile_width)) {
+    if (v.data) plain = min(plain, v.plain(tile_width));
+    if (d_o.data) plain = min(plain, d_o.plain(tile_width));
+  }
 };
 
 template <int kRows, int kThreads, bool kV, bool kGrad, typename T, int kWidth>
 __device__ inline void load_tiles(const Tiles<T, kWidth>& t, const Sources<T>& s, int row0) {
-  load_tile<kRows, kThreads>(t.qk, s.qk, row0, s.qk_keep);
-  if constexpr (kV) load_tile<kRows, kThreads>(t.v, s.v, row0, s.v_keep);
-  if constexpr (kGrad) load_tile<kRows, kThreads>(t.d_o, s.d_o, row0, Keep());
+  load_tile<kRows, kThreads>(t.qk, s.qk, row0, s.plain);
+  if constexpr (kV) load_tile<kRows, kThreads>(t.v, s.v, row0, s.plain);
+  if constexpr (kGrad) load_tile<kRows, kThreads>(t.d_o, s.d_o, row0, s.plain);
 }
 
 // s [16, 8 * kNT] of one warp into ds (before the clamp's gate) and pf_row, pf_col, which are the
@@ -97,14 +93,15 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
                                float (&pf_col)[1][kNT][4], uint64_t (&passes)[1],
                                const Attention& all, const Pair& p, int b, int h,
                                const Tiles<T, kWidth>& ta, const Tiles<T, kWidth>& tb,
-                               uint32_t cols, const RowStats& a, int local0, int row0, int n0) {
-  constexpr uint32_t kStride = kNT * 8 * sizeof(float);
+                               const Lanes<Tile<T, kWidth>>& lanes, uint32_t cols,
+                               const RowStats& a, int local0, int row0, int n0) {
+  constexpr int kStride = kNT * 8 * sizeof(float);
   const int lane = threadIdx.x % 32;
   const int heads = static_cast<int>(all.B * all.H), head = b * static_cast<int>(all.H) + h;
   const float unit = unit_of(p);
   cols += lane % 4 * 8;
   clear(ds);
-  dot_scores(ds, ta.qk, local0, tb.qk);
+  dot_scores(ds, ta.qk, local0, tb.qk, lanes);
   s_tile(ds, p, b, h, row0, n0, passes);
   float far = a.far;
   if constexpr (kRow && kCol) {
@@ -114,26 +111,24 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
   }
   // One exp for both while every factor stays within 2^43.
   if (kRow && kCol && far <= 43.0f) {
-#pragma unroll
-    for (int n = 0; n < kNT; ++n) {
-      const float2 half = load_shared2(cols + kHalf * kStride + n * 32);
-      const float2 up = load_shared2(cols + kUp * kStride + n * 32);
-      const float2 down = load_shared2(cols + kDown * kStride + n * 32);
+    unroll<kNT>([&](auto n) {
+      const float2 half = load_shared2<kHalf * kStride + n * 32>(cols);
+      const float2 up = load_shared2<kUp * kStride + n * 32>(cols);
+      const float2 down = load_shared2<kDown * kStride + n * 32>(cols);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float e = exp2_fast(fmaf(ds[0][n][i], unit, -a.c[i / 2]) - (i % 2 ? half.y : half.x));
         pf_row[0][n][i] = e * a.down[i / 2] * (i % 2 ? up.y : up.x);
         pf_col[0][n][i] = e * a.up[i / 2] * (i % 2 ? down.y : down.x);
       }
-    }
+    });
   } else {
     float row_hi[2] = {a.hi[0], a.hi[1]}, row_lo[2] = {a.lo[0], a.lo[1]};
     if constexpr (kRow && kCol) {  // rare: not kept in registers
       RowStats::read(row_hi, kHi, p.a, head, row0, heads);
       RowStats::read(row_lo, kLo, p.a, head, row0, heads);
     }
-#pragma unroll
-    for (int n = 0; n < kNT; ++n) {
+    unroll<kNT>([&](auto n) {
       if constexpr (kRow) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -141,31 +136,37 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
         }
       }
       if constexpr (kCol) {
-        const float2 hi = load_shared2(cols + kHi * kStride + n * 32);
-        const float2 lo = load_shared2(cols + kLo * kStride + n * 32);
+        const float2 hi = load_shared2<kHi * kStride + n * 32>(cols);
+        const float2 lo = load_shared2<kLo * kStride + n * 32>(cols);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float x = fmaf(ds[0][n][i], unit, i % 2 ? -hi.y : -hi.x);
           pf_col[0][n][i] = exp2_fast(x - (i % 2 ? lo.y : lo.x));
         }
       }
-    }
+    });
   }
 
   uint64_t on[1];
   float dp[1][kNT][4];
+  // Products with v start from -delta, unless dropout comes between.
+  const float sign = all.dropout.on ? 0.0f : -1.0f;
   clear(ds);
   if constexpr (kRow) {
     const ColumnBits<kNT> kept(Keep(p.b.keep, b), n0, p.b.rows);
-    clear(dp);
-    dot_tile(dp, ta.d_o, local0, tb.v);
+    const float from[2] = {sign * a.delta[0], sign * a.delta[1]};
+#pragma unroll
+    for (int i = 0; i < kNT * 4; ++i) dp[0][i / 4][i % 4] = from[i % 4 / 2];
+    dot_tile(dp, ta.d_o, local0, tb.v, lanes);
     if (all.dropout.on) {
       drop_bits<1, kNT>(on, all.dropout, p.drop_a, p.flip, head, row0, n0);
       drop_tile(dp[0], on[0], all.dropout.factor);
+#pragma unroll
+      for (int i = 0; i < kNT * 4; ++i) dp[0][i / 4][i % 4] -= a.delta[i % 4 / 2];
     }
 #pragma unroll
     for (int i = 0; i < kNT * 4; ++i) {
-      ds[0][i / 4][i % 4] = pf_row[0][i / 4][i % 4] * (dp[0][i / 4][i % 4] - a.delta[i % 4 / 2]);
+      ds[0][i / 4][i % 4] = pf_row[0][i / 4][i % 4] * dp[0][i / 4][i % 4];
     }
     if (!kept.all) {
 #pragma unroll
@@ -177,17 +178,21 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
   }
   if constexpr (kCol) {
     const ColumnBits<kNT> inside(Keep(), n0, p.b.rows);
-    clear(dp);
-    dot_tile(dp, ta.v, local0, tb.d_o);
+    // The same with the columns' delta.
+    unroll<kNT>([&](auto n) {
+      const float2 delta = load_shared2<kDelta * kStride + n * 32>(cols);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dp[0][n][i] = sign * (i % 2 ? delta.y : delta.x);
+    });
+    dot_tile(dp, ta.v, local0, tb.d_o, lanes);
     if (all.dropout.on) {
       drop_bits<1, kNT>(on, all.dropout, p.drop_b, p.flip, head, row0, n0);
       drop_tile(dp[0], on[0], all.dropout.factor);
-    }
+      unroll<kNT>([&](auto n) {
+        const float2 delta = load_shared2<kDelta * kStride + n * 32>(cols);
 #pragma unroll
-    for (int n = 0; n < kNT; ++n) {
-      const float2 delta = load_shared2(cols + kDelta * kStride + n * 32);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) dp[0][n][i] -= i % 2 ? delta.y : delta.x;
+        for (int i = 0; i < 4; ++i) dp[0][n][i] -= i % 2 ? delta.y : delta.x;
+      });
     }
     if (!inside.all || !a.all()) {
 #pragma unroll

@@ -87,79 +87,97 @@ __device__ inline void mma(float (&c)[4], const FragA<T>& a, const FragB<T>& b) 
   mma<T>(c, a, b, c);
 }
 
-template <bool kTrans>
+// Four 8 x 8 matrices of 16-bit numbers, kFar bytes after the lanes' addresses.
+template <bool kTrans, int kFar>
 __device__ inline void ldmatrix(uint32_t (&a)[2], uint32_t (&b)[2], uint32_t address) {
   if constexpr (kTrans) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(b[0]), "=r"(b[1])
-                 : "r"(address)
+                 : "r"(address), "n"(kFar)
                  : "memory");
   } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(b[0]), "=r"(b[1])
-                 : "r"(address)
+                 : "r"(address), "n"(kFar)
                  : "memory");
   }
 }
 
-// Rows [row, row + 16), depth [k, k + kStep) of a tile stored by rows.
-template <typename T, int kWidth>
-__device__ inline void load_a(FragA<T>& f, Tile<T, kWidth> tile, int row, int k) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t at = tile.offset(row + lane % 16, (lane / 16) * (16 / sizeof(T)));
+// Where a lane starts in tiles of one kind: for load_a and load_b from row `row`, for load_bt and
+// load_at also from column `col`; multiples of eight rows and, unless padded, of 128 bytes.
+template <typename Of>
+struct Lanes {
+  uint32_t by_a, by_b, by_word;
+
+  // `keep`: in registers, which a kernel may be short of.
+  __device__ explicit Lanes(bool keep = !Of::kPadded_) {
+    const int lane = threadIdx.x % 32;
+    by_a = Of::offset(lane % 16, lane / 16 * Of::kPer16);
+    by_b = Of::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * Of::kPer16);
+    by_word = Of::offset(lane % 4 * 2, lane / 4);
+    if (keep) {
+      by_a = kept_register(by_a), by_b = kept_register(by_b);
+      if constexpr (Of::kSize == 4) by_word = kept_register(by_word);
+    }
+  }
+  __device__ Spot<Of> a(Of tile, int row) const { return {tile.base + row * Of::kRowBytes + by_a}; }
+  __device__ Spot<Of> b(Of tile) const { return {tile.base + by_b}; }
+  __device__ Spot<Of> bt(Of tile, int col) const {
+    return {tile.base + col * Of::kSize + (Of::kSize == 2 ? by_a : by_word)};
+  }
+  __device__ Spot<Of> at(Of tile, int col) const {
+    return {tile.base + col * Of::kSize + (Of::kSize == 2 ? by_b : by_word)};
+  }
+};
+
+// Rows [kRow, kRow + 16), depth [kCol, kCol + kStep) of a tile stored by rows.
+template <int kRow, int kCol, typename T, typename Of>
+__device__ inline void load_a(FragA<T>& f, Spot<Of> s) {
   uint32_t lo[2], hi[2];
-  ldmatrix<false>(lo, hi, tile.along(at, k));
+  ldmatrix<false, Spot<Of>::template kFar<kRow, kCol>>(lo, hi, s.template near<kCol>());
   f.r[0] = lo[0], f.r[1] = lo[1], f.r[2] = hi[0], f.r[3] = hi[1];
   finish(f);
 }
 
-// Two b fragments whose columns are the rows [row, row + 16) of the tile: b = tile.T.
-template <typename T, int kWidth>
-__device__ inline void load_b(FragB<T> (&f)[2], Tile<T, kWidth> tile, int row, int k) {
-  const int lane = threadIdx.x % 32;
-  const int r = row + lane % 8 + (lane / 16) * 8;
-  const uint32_t at = tile.offset(r, (lane / 8 % 2) * (16 / sizeof(T)));
-  ldmatrix<false>(f[0].r, f[1].r, tile.along(at, k));
+// Two b fragments whose columns are the rows [kRow, kRow + 16) of the tile: b = tile.T.
+template <int kRow, int kCol, typename T, typename Of>
+__device__ inline void load_b(FragB<T> (&f)[2], Spot<Of> s) {
+  ldmatrix<false, Spot<Of>::template kFar<kRow, kCol>>(f[0].r, f[1].r, s.template near<kCol>());
   finish(f[0]);
   finish(f[1]);
 }
 
-// Two b fragments: depth = tile rows [k, k + kStep), columns = tile columns [col, col + 16).
-// fp32 takes depth in the order in which c holds columns: row 2t, then row 2t + 1.
-template <typename T, int kWidth>
-__device__ inline void load_bt(FragB<T> (&f)[2], Tile<T, kWidth> tile, int k, int col) {
-  const int lane = threadIdx.x % 32;
+// The fp32 number of row kRow + i and column kCol; rows 2t and 2t + 1 are permuted by a chunk.
+template <int kRow, int kCol, int kI, typename Of>
+__device__ inline uint32_t load_word(Spot<Of> s) {
+  static_assert(Of::kSize == 4 && Of::kChunks >= 8);
+  const Spot<Of> row{s.at ^ kI * 16};
+  return load_shared<Spot<Of>::template kFar<kRow + kI, kCol>>(row.template near<kCol>());
+}
+
+// Two b fragments: depth = tile rows [kRow, kRow + kStep), columns = tile columns [kCol, kCol +
+// 16). fp32 takes depth in the order in which c holds columns: row 2t, then row 2t + 1.
+template <int kRow, int kCol, typename T, typename Of>
+__device__ inline void load_bt(FragB<T> (&f)[2], Spot<Of> s) {
   if constexpr (sizeof(T) == 2) {
-    const uint32_t at = tile.offset(k + lane % 16, (lane / 16) * 8);
-    ldmatrix<true>(f[0].r, f[1].r, tile.along(at, col));
+    ldmatrix<true, Spot<Of>::template kFar<kRow, kCol>>(f[0].r, f[1].r, s.template near<kCol>());
   } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t at = tile.offset(k + lane % 4 * 2 + i, lane / 4);
-      f[0].r[i] = load_shared(tile.along(at, col));
-      f[1].r[i] = load_shared(tile.along(at, col + 8));
-    }
+    unroll<4>([&](auto i) { f[i % 2].r[i / 2] = load_word<kRow, kCol + i % 2 * 8, i / 2>(s); });
     finish(f[0]);
     finish(f[1]);
   }
 }
 
-// a fragment of tile.T: rows = tile columns [col, col + 16), depth = tile rows [k, k + kStep).
-template <typename T, int kWidth>
-__device__ inline void load_at(FragA<T>& f, Tile<T, kWidth> tile, int k, int col) {
-  const int lane = threadIdx.x % 32;
+// a fragment of tile.T: rows = tile columns [kCol, kCol + 16), depth = tile rows [kRow, kRow +
+// kStep).
+template <int kRow, int kCol, typename T, typename Of>
+__device__ inline void load_at(FragA<T>& f, Spot<Of> s) {
   if constexpr (sizeof(T) == 2) {
-    const uint32_t at = tile.offset(k + lane % 8 + lane / 16 * 8, (lane / 8 % 2) * 8);
     uint32_t lo[2], hi[2];
-    ldmatrix<true>(lo, hi, tile.along(at, col));
+    ldmatrix<true, Spot<Of>::template kFar<kRow, kCol>>(lo, hi, s.template near<kCol>());
     f.r[0] = lo[0], f.r[1] = lo[1], f.r[2] = hi[0], f.r[3] = hi[1];
   } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t at = tile.offset(k + lane % 4 * 2 + i, lane / 4);
-      f.r[2 * i] = load_shared(tile.along(at, col));
-      f.r[2 * i + 1] = load_shared(tile.along(at, col + 8));
-    }
+    unroll<4>([&](auto i) { f.r[i] = load_word<kRow, kCol + i % 2 * 8, i / 2>(s); });
     finish(f);
   }
 }
@@ -179,14 +197,15 @@ __device__ inline void from_acc(FragA<T>& f, const float (*c)[4]) {
 
 // Fragments of 16 rows of a 16-bit type as rows [row, row + 16) of a tile.
 template <typename T, int kSteps, int kWidth>
-__device__ inline void put_frags(Tile<T, kWidth> tile, int row, const FragA<T> (&p)[kSteps]) {
+__device__ inline void put_frags(Tile<T, kWidth, true> tile, int row, const FragA<T> (&p)[kSteps]) {
   static_assert(sizeof(T) == 2 && kSteps * 16 == kWidth);
   const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < kSteps * 4; ++i) {
-    const int r = row + lane / 4 + i % 2 * 8, col = i / 4 * 16 + i % 4 / 2 * 8 + lane % 4 * 2;
-    store_shared(tile.address(r, col), p[i / 4].r[i % 4]);
-  }
+  using Dst = Tile<T, kWidth, true>;
+  const uint32_t to = tile.address(row + lane / 4, lane % 4 * 2);
+  unroll<kSteps * 4>([&](auto i) {
+    constexpr int kCol = i / 4 * 16 + i % 4 / 2 * 8;
+    store_shared<i % 2 * 8 * Dst::kRowBytes + kCol * 2>(to, p[i / 4].r[i % 4]);
+  });
 }
 
 template <int kMT, int kNT>
@@ -198,32 +217,36 @@ __device__ inline void clear(float (&c)[kMT][kNT][4]) {
 // c[m, n] += sum_d a[row + m, d] * b[n, d]: a warp's 16 * kMT rows against the 8 * kNT rows of b.
 template <typename T, int kMT, int kNT, int kWidth>
 __device__ inline void dot_tile(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int row,
-                                Tile<T, kWidth> b) {
-// fp32 in parts: ptxas loads as far ahead as code is straight, until registers spill.
-#pragma unroll(sizeof(T) == 4 ? 4 : kWidth / kStep<T>)
-  for (int k = 0; k < kWidth; k += kStep<T>) {
-    FragA<T> fa[kMT];
+                                Tile<T, kWidth> b, const Lanes<Tile<T, kWidth>>& lanes) {
+  // fp32 in parts: ptxas loads as far ahead as code is straight, until registers spill.
+  constexpr int kPart = sizeof(T) == 4 ? 32 : kWidth;
+  auto from_a = lanes.a(a, row), from_b = lanes.b(b);
+#pragma unroll 1
+  for (int k0 = 0; k0 < kWidth; k0 += kPart) {
+    unroll<kPart / kStep<T>>([&](auto step) {
+      constexpr int k = step * kStep<T>;
+      FragA<T> fa[kMT];
+      unroll<kMT>([&](auto m) { load_a<16 * m, k>(fa[m], from_a); });
+      unroll<kNT / 2>([&](auto n) {
+        FragB<T> fb[2];
+        load_b<16 * n, k>(fb, from_b);
 #pragma unroll
-    for (int m = 0; m < kMT; ++m) load_a(fa[m], a, row + 16 * m, k);
-#pragma unroll
-    for (int n = 0; n < kNT; n += 2) {
-      FragB<T> fb[2];
-      load_b(fb, b, 8 * n, k);
-#pragma unroll
-      for (int m = 0; m < kMT; ++m) {
-        mma<T>(c[m][n], fa[m], fb[0]);
-        mma<T>(c[m][n + 1], fa[m], fb[1]);
-      }
-    }
+        for (int m = 0; m < kMT; ++m) {
+          mma<T>(c[m][2 * n], fa[m], fb[0]);
+          mma<T>(c[m][2 * n + 1], fa[m], fb[1]);
+        }
+      });
+    });
+    from_a.at += kPart * sizeof(T), from_b.at += kPart * sizeof(T);
   }
 }
 
 // dot_tile for scores: fp32 by FMA.
 template <typename T, int kMT, int kNT, int kWidth>
 __device__ inline void dot_scores(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int row,
-                                  Tile<T, kWidth> b) {
+                                  Tile<T, kWidth> b, const Lanes<Tile<T, kWidth>>& lanes) {
   if constexpr (sizeof(T) == 2) {
-    dot_tile(c, a, row, b);
+    dot_tile(c, a, row, b, lanes);
   } else {
     static_assert(kMT == 1);
     const int lane = threadIdx.x % 32;
@@ -248,65 +271,64 @@ __device__ inline void dot_scores(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, in
 // c[m, d] += sum_n p[m, n] * b[n, col + d], p in registers: columns [col, col + 8 * kDT) of b.
 template <typename T, int kMT, int kNT, int kDT, int kWidth>
 __device__ inline void dot_regs(float (&c)[kMT][kDT][4], const float (&p)[kMT][kNT][4],
-                                Tile<T, kWidth> b, int col) {
+                                Tile<T, kWidth> b, int col, const Lanes<Tile<T, kWidth>>& lanes) {
   constexpr int kTiles = kStep<T> / 8;
   static_assert(kNT % kTiles == 0 && kDT % 2 == 0);
-#pragma unroll
-  for (int n = 0; n < kNT; n += kTiles) {
+  const auto from = lanes.bt(b, col);
+  unroll<kNT / kTiles>([&](auto n) {
     FragA<T> fa[kMT];
 #pragma unroll
-    for (int m = 0; m < kMT; ++m) from_acc(fa[m], &p[m][n]);
-#pragma unroll
-    for (int d = 0; d < kDT; d += 2) {
+    for (int m = 0; m < kMT; ++m) from_acc(fa[m], &p[m][n * kTiles]);
+    unroll<kDT / 2>([&](auto d) {
       FragB<T> fb[2];
-      load_bt(fb, b, 8 * n, col + 8 * d);
+      load_bt<n * kStep<T>, 16 * d>(fb, from);
 #pragma unroll
       for (int m = 0; m < kMT; ++m) {
-        mma<T>(c[m][d], fa[m], fb[0]);
-        mma<T>(c[m][d + 1], fa[m], fb[1]);
+        mma<T>(c[m][2 * d], fa[m], fb[0]);
+        mma<T>(c[m][2 * d + 1], fa[m], fb[1]);
       }
-    }
-  }
+    });
+  });
 }
 
-// The same for 16 rows whose p is already in fragments, against rows [row, ...) of b.
-template <typename T, int kSteps, int kDT, int kWidth>
+// The same for 16 rows whose p is already in fragments, columns [kCol, ...) of b.
+template <int kCol, typename T, int kSteps, int kDT, int kWidth>
 __device__ inline void dot_frags(float (&c)[kDT][4], const FragA<T> (&p)[kSteps], Tile<T, kWidth> b,
-                                 int col, int row = 0) {
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-#pragma unroll
-    for (int d = 0; d < kDT; d += 2) {
-      FragB<T> fb[2];
-      load_bt(fb, b, row + i * kStep<T>, col + 8 * d);
-      mma<T>(c[d], p[i], fb[0]);
-      mma<T>(c[d + 1], p[i], fb[1]);
-    }
-  }
+                                 const Lanes<Tile<T, kWidth>>& lanes) {
+  const auto from = lanes.bt(b, 0);
+  unroll<kSteps * kDT / 2>([&](auto at) {
+    constexpr int i = at / (kDT / 2), d = at % (kDT / 2);
+    FragB<T> fb[2];
+    load_bt<i * kStep<T>, kCol + 16 * d>(fb, from);
+    mma<T>(c[2 * d], p[i], fb[0]);
+    mma<T>(c[2 * d + 1], p[i], fb[1]);
+  });
 }
 
 // c[n, d] += sum_m a[m, row + n] * b[m, col + d] over the first `depth` of kDepth rows of both
 // tiles.
 template <int kDepth, typename T, int kMT, int kDT, int kWidthA, int kWidth>
-__device__ inline void dot_trans(float (&c)[kMT][kDT][4], Tile<T, kWidthA> a, int row,
-                                 Tile<T, kWidth> b, int col, int depth) {
-#pragma unroll
-  for (int k = 0; k < kDepth; k += kStep<T>) {
-    if (k >= depth) break;
+__device__ inline void dot_trans(float (&c)[kMT][kDT][4], Tile<T, kWidthA, true> a, int row,
+                                 Tile<T, kWidth> b, int col, int depth,
+                                 const Lanes<Tile<T, kWidthA, true>>& lanes_a,
+                                 const Lanes<Tile<T, kWidth>>& lanes) {
+  const auto from_a = lanes_a.at(a, row);
+  const auto from_b = lanes.bt(b, col);
+  unroll<kDepth / kStep<T>>([&](auto step) {
+    constexpr int k = step * kStep<T>;
+    if (k >= depth) return;
     FragA<T> fa[kMT];
-#pragma unroll
-    for (int m = 0; m < kMT; ++m) load_at(fa[m], a, k, row + 16 * m);
-#pragma unroll
-    for (int d = 0; d < kDT; d += 2) {
+    unroll<kMT>([&](auto m) { load_at<k, 16 * m>(fa[m], from_a); });
+    unroll<kDT / 2>([&](auto d) {
       FragB<T> fb[2];
-      load_bt(fb, b, k, col + 8 * d);
+      load_bt<k, 16 * d>(fb, from_b);
 #pragma unroll
       for (int m = 0; m < kMT; ++m) {
-        mma<T>(c[m][d], fa[m], fb[0]);
-        mma<T>(c[m][d + 1], fa[m], fb[1]);
+        mma<T>(c[m][2 * d], fa[m], fb[0]);
+        mma<T>(c[m][2 * d + 1], fa[m], fb[1]);
       }
-    }
-  }
+    });
+  });
 }
 
 }  // namespace fmm::cuda

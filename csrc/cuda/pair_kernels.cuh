@@ -39,16 +39,17 @@ __global__ void __launch_bounds__(PairFwd<kWidth>::kThreads, 1)
   const uint32_t stages = x.base + S::kRows * kWidth * sizeof(T);
   const Matrix<T> xs(p.x, block.g, 0, p.scores.M, p.D), ys(p.y, block.g, 0, p.scores.N, p.D);
   Forward forward(p, block, *reinterpret_cast<typename Forward::Room*>(smem + kTiles));
-  load_tile<S::kRows, S::kThreads>(x, xs, block.m0, Keep());
+  load_tile<S::kRows, S::kThreads>(x, xs, block.m0);
   const auto load = [&](int j, int stage) {
     const Tile<T, kWidth> y{stages + stage * kTileBytes};
-    load_tile<S::kCols, S::kThreads>(y, ys, (block.begin + j) * S::kCols, Keep());
+    load_tile<S::kCols, S::kThreads>(y, ys, (block.begin + j) * S::kCols);
   };
+  const Lanes<Tile<T, kWidth>> lanes(kWidth > 64);
   walk<S::kStages>(block.end - block.begin, load, [&](int j, int stage) {
     const Tile<T, kWidth> y{stages + stage * kTileBytes};
     float s[S::kMT][S::kNT][4];
     clear(s);
-    dot_tile(s, x, static_cast<int>(threadIdx.x) / 32 * 16 * S::kMT, y);
+    dot_tile(s, x, static_cast<int>(threadIdx.x) / 32 * 16 * S::kMT, y, lanes);
     forward.tile(s, (block.begin + j) * S::kCols);
   });
   forward.finish();
@@ -199,28 +200,6 @@ __global__ void __launch_bounds__(PairTile::kThreads, 1)
   store_all_sums(p.sums, block.part, s.G, block.g, at, ds);
 }
 
-// put_rows from column 0 with 8-byte stores where the width allows.
-template <int kDT>
-__device__ inline void put_pairs(float* out, int row0, int64_t rows, int width,
-                                 const float (&c)[kDT][4]) {
-  if (width % 2 != 0) {
-    put_rows(out, row0, rows, width, 0, c);
-    return;
-  }
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = row0 + lane / 4 + 8 * h;
-    if (row >= rows) continue;
-    float* to = out + int64_t{row} * width + lane % 4 * 2;
-#pragma unroll
-    for (int d = 0; d < kDT; ++d) {
-      if (8 * d + lane % 4 * 2 >= width) continue;
-      *reinterpret_cast<float2*>(to + 8 * d) = make_float2(c[d][2 * h], c[d][2 * h + 1]);
-    }
-  }
-}
-
 template <typename T, int kWidth>
 struct BackwardLayout {
   using S = PairBwd<kWidth>;
@@ -250,7 +229,7 @@ __global__ void __launch_bounds__(PairBwd<kWidth>::kThreads, 1)
   };
   const int row0 = threadIdx.x / 32 * 16 * S::kMT;
 
-  load_tile<S::kRows, S::kThreads>(own, as, block.m0, Keep());
+  load_tile<S::kRows, S::kThreads>(own, as, block.m0);
   load_facts<S::kRows, S::kThreads>(base + L::kFactsAt, a.facts, block.g, block.m0);
   DsTile<Loss, S> ds({reinterpret_cast<const float*>(smem + L::kFactsAt)}, a.rows, b.rows, p.ids,
                      p.ignore, p.bias);
@@ -259,25 +238,26 @@ __global__ void __launch_bounds__(PairBwd<kWidth>::kThreads, 1)
   const auto load = [&](int j, int stage) {
     const Tile<T, kWidth> t{base + L::kOwn + stage * L::kWalked};
     const int n0 = (block.begin + j) * S::kCols;
-    load_tile<S::kCols, S::kThreads>(t, bs, n0, Keep());
+    load_tile<S::kCols, S::kThreads>(t, bs, n0);
     load_facts<S::kCols, S::kThreads>(base + facts(stage), b.facts, block.g, n0);
   };
+  const Lanes<Tile<T, kWidth>> lanes;
   walk<S::kStages>(block.end - block.begin, load, [&](int j, int stage) {
     const Tile<T, kWidth> t{base + L::kOwn + stage * L::kWalked};
     if (j == 0) ds.begin();
     float x[S::kMT][S::kNT][4];
     clear(x);
-    dot_tile(x, own, row0, t);
+    dot_tile(x, own, row0, t, lanes);
     const float* cols = reinterpret_cast<const float*>(smem + facts(stage));
     ds.tile(x, {cols}, block.lane((block.begin + j) * S::kCols));
-    dot_regs(acc, x, t, 0);
+    dot_regs(acc, x, t, 0, lanes);
   });
 
   if (a.out) {
     float* out = a.out + (block.part * p.G + block.g) * a.rows * p.D;
 #pragma unroll
     for (int m = 0; m < S::kMT; ++m) {
-      put_pairs(out, block.m0 + row0 + 16 * m, a.rows, static_cast<int>(p.D), acc[m]);
+      put_rows(out, block.m0 + row0 + 16 * m, a.rows, static_cast<int>(p.D), 0, acc[m]);
     }
   }
   if (a.sums) store_all_sums(a.sums, block.part, p.G, block.g, block.lane(0), ds);

@@ -13,7 +13,7 @@ template <typename T, int kWidth, typename S>
 struct Layout {
   static constexpr uint32_t kB = S::kCols * kWidth * sizeof(T), kA = S::kRows * kWidth * sizeof(T);
   static constexpr uint32_t kP = 3 * (kB + S::kStages * kA);
-  static constexpr uint32_t kEachP = S::kRows * S::kCols * sizeof(T);
+  static constexpr uint32_t kEachP = S::kRows * Tile<T, S::kCols, true>::kRowBytes;
   static constexpr uint32_t kStat = kP + 2 * kEachP;
   static constexpr uint32_t kSources = kStat + kStats * S::kCols * sizeof(float);
   static constexpr uint32_t kBytes = kSources + sizeof(Sources<T>);
@@ -31,20 +31,19 @@ struct Layout {
 template <typename S, typename T, int kSteps, int kWidth>
 __device__ inline void finish_rows(void* out, int64_t head, int64_t rows, int64_t end, int row0,
                                    int64_t width, const FragA<T> (&p)[kSteps], Tile<T, kWidth> b,
-                                   const float (&factor)[2], Tile<T, S::kChunk> room) {
+                                   const Lanes<Tile<T, kWidth>>& lanes, float factor,
+                                   Tile<T, S::kChunk, true> room) {
   T* to = static_cast<T*>(out) + head * rows * width;
-#pragma unroll 1
-  for (int col = 0; col < width; col += S::kChunk) {
+  unroll<kWidth / S::kChunk>([&](auto chunk) {
+    constexpr int kCol = chunk * S::kChunk;
+    if (kCol >= width) return;
     float c[1][S::kChunk / 8][4];
     clear(c);
-    dot_frags(c[0], p, b, col);
+    dot_frags<kCol>(c[0], p, b, lanes);
 #pragma unroll
-    for (int i = 0; i < S::kChunk / 2; ++i) {
-      float& x = c[0][i / 4][i % 4];
-      x = factor[i % 4 / 2] == 0.0f ? 0.0f : x * factor[i % 4 / 2];
-    }
-    store_tile<T>(to, row0, end, static_cast<int>(width), col, c[0], room);
-  }
+    for (int i = 0; i < S::kChunk / 2; ++i) c[0][i / 4][i % 4] *= factor;
+    store_tile<T>(to, row0, end, static_cast<int>(width), kCol, c[0], room);
+  });
 }
 
 template <typename T, int kWidth>
@@ -68,18 +67,20 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
 
   const uint32_t base = shared_address(smem);
   const Tiles<T, kWidth> tb = L::resident(base);
-  const Tile<T, S::kCols> ds_rows{base + L::kP}, pf_rows{ds_rows.base + L::kEachP};
-  const uint32_t at = ds_rows.base + row0 * S::kCols * static_cast<uint32_t>(sizeof(T));
-  const Tile<T, S::kChunk> room{at};
+  const Tile<T, S::kCols, true> ds_rows{base + L::kP}, pf_rows{ds_rows.base + L::kEachP};
+  const Tile<T, S::kChunk, true> room{ds_rows.address(row0, 0)};
   const Keep keep_a(a.keep, b), keep_b(other.keep, b);
   const float centre = centre_of(pair, head);
 
   // In shared memory: between loads they take no registers.
   Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
-  if (threadIdx.x == 0) walked = Sources<T>(a, pair.width, b, h, true);
-  load_tiles<S::kCols, S::kThreads, true, true>(tb, Sources<T>(other, pair.width, b, h, true), 0);
+  if (threadIdx.x == 0) walked = Sources<T>(a, pair.width, b, h, true, kWidth);
+  load_tiles<S::kCols, S::kThreads, true, true>(
+      tb, Sources<T>(other, pair.width, b, h, true, kWidth), 0);
   __syncthreads();  // orders the write of `walked` before its reads
   load_stats<S::kCols, S::kThreads>(base + L::kStat, other, head, 0, heads);
+  const Lanes<Tile<T, kWidth>> lanes;
+  const Lanes<Tile<T, S::kCols, true>> lanes_p;
   float dqk[kMC][kDC][4], dv[kMC][kDC][4];
   clear(dqk);
   clear(dv);
@@ -95,8 +96,8 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
       const RowStats stats(a, keep_a, head, m0 + row0, centre, heads);
       float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
       uint64_t passes[1];
-      ds_tile<true, true>(ds, pf_row, pf_col, passes, all, pair, b, h, ta, tb, base + L::kStat,
-                          stats, row0, m0 + row0, 0);
+      ds_tile<true, true>(ds, pf_row, pf_col, passes, all, pair, b, h, ta, tb, lanes,
+                          base + L::kStat, stats, row0, m0 + row0, 0);
       if (!pair.plain) {
 #pragma unroll
         for (int i = 0; i < kNT * 4; ++i) {
@@ -111,27 +112,28 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
         }
       }
       if (a.dv) {
-        const float factor[2] = {stats.keep(0) ? 1.0f : 0.0f, stats.keep(1) ? 1.0f : 0.0f};
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &pf_col[0][2 * i]);
-        finish_rows<S>(a.dv, head, a.rows, end, m0 + row0, a.width_v, frag, tb.d_o, factor, room);
+        finish_rows<S>(a.dv, head, a.rows, end, m0 + row0, a.width_v, frag, tb.d_o, lanes, 1.0f,
+                       room);
       }
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &ds[0][2 * i]);
       put_tile(pf_rows, row0, pf_row[0]);
     }
     if (a.dqk) {
-      const float factor[2] = {pair.scale, pair.scale};
-      finish_rows<S>(a.dqk, head, a.rows, end, m0 + row0, pair.width, frag, tb.qk, factor, room);
+      finish_rows<S>(a.dqk, head, a.rows, end, m0 + row0, pair.width, frag, tb.qk, lanes,
+                     pair.scale, room);
     }
     put_frags(ds_rows, row0, frag);
     __syncthreads();  // orders the writes of ds and pf_row before their reads
-    if (other.dqk) dot_trans<S::kRows>(dqk, ds_rows, group0, ta.qk, col0, end - m0);
-    if (other.dv) dot_trans<S::kRows>(dv, pf_rows, group0, ta.d_o, col0, end - m0);
+    if (other.dqk) dot_trans<S::kRows>(dqk, ds_rows, group0, ta.qk, col0, end - m0, lanes_p, lanes);
+    if (other.dv) dot_trans<S::kRows>(dv, pf_rows, group0, ta.d_o, col0, end - m0, lanes_p, lanes);
   });
 
   __syncthreads();  // orders the last reads of shared memory before the results
-  const Tile<T, 8 * kDC> to{base + warp * 16 * 8 * kDC * static_cast<uint32_t>(sizeof(T))};
+  using Room = Tile<T, 8 * kDC, true>;
+  const Room to{base + warp * 16 * Room::kRowBytes};
   const int64_t rows = other.rows, width = pair.width, width_v = other.width_v;
 #pragma unroll
   for (int m = 0; m < kMC; ++m) {

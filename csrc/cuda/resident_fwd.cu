@@ -25,7 +25,7 @@ template <typename T, int kWidth, typename S>
 struct Layout {
   static constexpr uint32_t kB = S::kCols * kWidth * sizeof(T), kA = S::kRows * kWidth * sizeof(T);
   static constexpr uint32_t kP = 2 * kB + 2 * S::kStages * kA;
-  static constexpr uint32_t kState = kP + S::kRows * S::kCols * sizeof(T);
+  static constexpr uint32_t kState = kP + S::kRows * Tile<T, S::kCols, true>::kRowBytes;
   static constexpr uint32_t kSources = kState + (sizeof(Columns<S>) + 7) / 8 * 8;
   static constexpr uint32_t kBytes = kSources + 2 * sizeof(Matrix<T>);
 
@@ -93,23 +93,24 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
 
   const uint32_t base = shared_address(smem);
   const Tile<T, kWidth> qk_b{base}, v_b{base + L::kB};
-  const Tile<T, kCols> p_col{base + L::kP};
-  const Tile<T, S::kChunk> room{p_col.base + row0 * kCols * static_cast<uint32_t>(sizeof(T))};
+  const Tile<T, kCols, true> p_col{base + L::kP};
+  const Tile<T, S::kChunk, true> room{p_col.address(row0, 0)};
   Columns<S>& state = *reinterpret_cast<Columns<S>*>(smem + L::kState);
-  const Keep keep_a(a.keep, b), keep_b(other.keep, b);
+  const Keep keep_b(other.keep, b);
   // In shared memory: between loads they take no registers.
   Matrix<T>* walked = reinterpret_cast<Matrix<T>*>(smem + L::kSources);
   if (threadIdx.x == 0) {
     walked[0] = Matrix<T>(a.qk, b, h, a.rows, pair.width);
-    walked[1] = Matrix<T>(a.v, b, h, a.rows, a.width_v);
+    walked[1] = Matrix<T>(a.v, b, h, a.rows, a.width_v, Keep(a.keep, b));
   }
-  const ColumnBits<kNT> kept(keep_b, 0, other.rows);
   const float unit = unit_of(pair);
 
-  load_tile<kCols, S::kThreads>(qk_b, Matrix<T>(other.qk, b, h, other.rows, pair.width), 0, Keep());
-  load_tile<kCols, S::kThreads>(v_b, Matrix<T>(other.v, b, h, other.rows, other.width_v), 0,
-                                keep_b);
+  load_tile<kCols, S::kThreads>(qk_b, Matrix<T>(other.qk, b, h, other.rows, pair.width), 0);
+  load_tile<kCols, S::kThreads>(v_b, Matrix<T>(other.v, b, h, other.rows, other.width_v, keep_b),
+                                0);
   for (int n = threadIdx.x; n < kCols; n += S::kThreads) state.ref[n] = -kInf;
+  const Lanes<Tile<T, kWidth>> lanes(kCols < 128);
+  const Lanes<Tile<T, kCols, true>> lanes_p;
   float acc[kMC][kDC][4], total[kNT][2], top = 0.0f;
   clear(acc);
 #pragma unroll
@@ -119,20 +120,22 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
 
   const auto load = [&](int j, int stage) {
     const Tile<T, kWidth> qk{L::stage(base, stage)}, v{qk.base + L::kA};
-    load_tile<S::kRows, S::kThreads>(qk, walked[0], start + j * S::kRows, Keep());
-    load_tile<S::kRows, S::kThreads>(v, walked[1], start + j * S::kRows, keep_a);
+    load_tile<S::kRows, S::kThreads>(qk, walked[0], start + j * S::kRows);
+    load_tile<S::kRows, S::kThreads>(v, walked[1], start + j * S::kRows);
   };
   walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
     const Tile<T, kWidth> qk_a{L::stage(base, stage)}, v_a{qk_a.base + L::kA};
     const int m0 = start + j * S::kRows, row = m0 + row0 + lane / 4;
-    const bool keep[2] = {row < a.rows && keep_a.at(row), row + 8 < a.rows && keep_a.at(row + 8)};
+    const ColumnBits<kNT> kept(keep_b, 0, other.rows);
+    const Keep& keys = walked[1].keep;
+    const bool keep[2] = {row < a.rows && keys.at(row), row + 8 < a.rows && keys.at(row + 8)};
     float s[1][kNT][4], u[2], part[kNT][2];
     // A second pass, from s itself, for the rare tile that e and the references cannot serve.
     bool again = false;
     do {
       uint64_t passes[1];
       clear(s);
-      dot_tile(s, qk_a, row0, qk_b);
+      dot_tile(s, qk_a, row0, qk_b, lanes);
       s_tile(s, pair, b, h, m0 + row0, 0, passes);
       if (other.rows < kCols) {
 #pragma unroll
@@ -222,15 +225,16 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
           }
         }
         T* out = static_cast<T*>(a.o) + head * a.rows * a.width_o;
-#pragma unroll 1
-        for (int col = 0; col < a.width_o; col += S::kChunk) {
+        unroll<kWidth / S::kChunk>([&](auto chunk) {
+          constexpr int kCol = chunk * S::kChunk;
+          if (kCol >= a.width_o) return;
           float o[1][S::kChunk / 8][4];
           clear(o);
-          dot_frags(o[0], frag, v_b, col);
+          dot_frags<kCol>(o[0], frag, v_b, lanes);
 #pragma unroll
           for (int i = 0; i < S::kChunk / 2; ++i) o[0][i / 4][i % 4] *= inverse[i % 4 / 2];
-          store_tile<T>(out, m0 + row0, end, static_cast<int>(a.width_o), col, o[0], room);
-        }
+          store_tile<T>(out, m0 + row0, end, static_cast<int>(a.width_o), kCol, o[0], room);
+        });
         const float r[2] = {exp2_fast(u[0] - top), exp2_fast(u[1] - top)};
 #pragma unroll
         for (int n = 0; n < kNT; ++n) {
@@ -263,7 +267,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
     } while (again);
 #pragma unroll
     for (int i = 0; i < 2 * kNT; ++i) total[i / 2][i % 2] += part[i / 2][i % 2];
-    dot_trans<S::kRows>(acc, p_col, group0, v_a, col0, end - m0);
+    dot_trans<S::kRows>(acc, p_col, group0, v_a, col0, end - m0, lanes_p, lanes);
   });
 
   __syncthreads();  // orders the last reads of shared memory before its next use
@@ -302,7 +306,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       float* to = p.part + blockIdx.x * other.rows * width;
       put_rows(to, group0 + 16 * m, other.rows, width, col0, acc[m]);
     } else {
-      const Tile<T, 8 * kDC> at{base + warp * 16 * 8 * kDC * static_cast<uint32_t>(sizeof(T))};
+      using Room = Tile<T, 8 * kDC, true>;
+      const Room at{base + warp * 16 * Room::kRowBytes};
       T* to = static_cast<T*>(other.o) + head * other.rows * width;
       store_tile<T>(to, group0 + 16 * m, other.rows, width, col0, acc[m], at);
     }

@@ -85,6 +85,10 @@ struct ColumnBits {
 
   __device__ ColumnBits(const Keep& keep, int n0, int64_t rows) {
     const int lane = threadIdx.x % 32;
+    all = keep.data == nullptr && n0 + kNT * 8 <= rows;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) word[w] = ~0u;
+    if (all) return;
     all = true;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {

@@ -18,9 +18,39 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// body(i) for i = 0 .. kN - 1 as constants.
+template <typename Body, int... kI>
+__device__ inline void unroll(const Body& body, std::integer_sequence<int, kI...>) {
+  (body(std::integral_constant<int, kI>()), ...);
+}
+template <int kN, typename Body>
+__device__ inline void unroll(const Body& body) {
+  unroll(body, std::make_integer_sequence<int, kN>());
+}
+
+// x, to be kept: what depends on the lane the compiler would rather compute anew in every turn of a
+// loop.
+__device__ inline uint32_t kept_register(uint32_t x) {
+  uint32_t y;
+  asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// Shared memory kFar bytes after an address.
+template <int kFar = 0>
 __device__ inline uint32_t load_shared(uint32_t address) {
   uint32_t v;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  asm volatile("ld.shared.b32 %0, [%1+%2];" : "=r"(v) : "r"(address), "n"(kFar) : "memory");
+  return v;
+}
+
+template <int kFar = 0>
+__device__ inline float2 load_shared2(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2+%3];"
+               : "=f"(v.x), "=f"(v.y)
+               : "r"(address), "n"(kFar)
+               : "memory");
   return v;
 }
 
@@ -33,22 +63,36 @@ __device__ inline float4 load_shared4(uint32_t address) {
   return v;
 }
 
-__device__ inline void store_shared(uint32_t address, uint32_t v) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+template <int kFar>
+__device__ inline uint4 load_shared16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4+%5];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address), "n"(kFar)
+               : "memory");
+  return v;
 }
 
-// Rows of kWidth elements whose 16-byte chunks are permuted by row: eight lanes that read or write
-// one chunk column of eight rows touch all 32 banks. The base is a multiple of a row's bytes.
-template <typename T, int kWidth>
+template <int kFar>
+__device__ inline void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0+%2], %1;" ::"r"(address), "r"(v), "n"(kFar) : "memory");
+}
+
+// Rows of kWidth elements. Eight lanes that read or write one chunk of 16 bytes of eight rows touch
+// all 32 banks: chunks are permuted by row, and the base is a multiple of a row's bytes, or, where
+// memory allows, rows are kPadded by a chunk.
+template <typename T, int kWidth, bool kPadded = false>
 struct Tile {
-  static constexpr int kRowBytes = kWidth * sizeof(T);
-  static constexpr int kChunks = kRowBytes / 16;
-  static constexpr int kPer16 = 16 / sizeof(T);
+  static constexpr int kRowBytes = (kWidth * sizeof(T)) + kPadded * 16;
+  static constexpr int kChunks = kWidth * sizeof(T) / 16;
+  static constexpr int kPer16 = 16 / sizeof(T), kSize = sizeof(T);
+  static constexpr bool kPadded_ = kPadded;
   static_assert(kChunks >= 2 && (kChunks & (kChunks - 1)) == 0);
 
   uint32_t base;  // shared-space address
 
   static __device__ int swizzle(int row) {
+    if constexpr (kPadded) return 0;
     return kChunks >= 8 ? row % 8 : row / (8 / (kChunks < 8 ? kChunks : 8)) % kChunks;
   }
   // Bytes from the base to an element.
@@ -66,16 +110,56 @@ struct Tile {
   }
 };
 
+// A lane's place in a tile. Others are at constant distances: columns within 128 bytes an xor
+// away, where they are permuted, and all else an immediate, for the permutation repeats every eight
+// rows. Columns of the place are multiples of a power of two above those within 128 bytes.
+template <typename Of>
+struct Spot {
+  uint32_t at;
+
+  template <int kCol>
+  __device__ uint32_t near() const {
+    return Of::kPadded_ ? at : at ^ (kCol * Of::kSize & 127);
+  }
+  template <int kRow, int kCol>
+  static constexpr int kFar =
+      kRow * Of::kRowBytes + (Of::kPadded_ ? kCol * Of::kSize : kCol * Of::kSize & ~127);
+};
+
 // Copies `bytes` of 16 and fills the rest with zeros; with 0 bytes `from` is not read, and may lie
 // past the tensor.
 __device__ inline void cp_async16(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
+template <int kFar>
+__device__ inline void cp_async16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0+%2], [%1], 16;" ::"r"(to), "l"(from), "n"(kFar)
+               : "memory");
+}
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Accesses to several numbers at once, which through a pointer the compiler splits where another
+// branch has them singly.
+__device__ inline uint4 load_global(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+__device__ inline void store_global(void* to, const uint4& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+__device__ inline void store_global(void* to, float x, float y) {
+  asm volatile("st.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(x), "f"(y) : "memory");
 }
 
 template <typename T>
@@ -87,6 +171,24 @@ __device__ inline uint32_t pack(float a, float b) {
   } else {
     const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
     return reinterpret_cast<const uint32_t&>(v);
+  }
+}
+
+// Sixteen bytes as numbers.
+template <typename T>
+__device__ inline void unpack(float (&x)[16 / sizeof(T)], const uint4& v) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      x[i] = __uint_as_float(words[i]);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      const float2 both = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      x[2 * i] = both.x, x[2 * i + 1] = both.y;
+    } else {
+      asm("shl.b32 %0, %1, 16;" : "=f"(x[2 * i]) : "r"(words[i]));
+      asm("and.b32 %0, %1, 0xffff0000;" : "=f"(x[2 * i + 1]) : "r"(words[i]));
+    }
   }
 }
 
@@ -124,70 +226,79 @@ struct Keep {
   __device__ bool at(int64_t row) const { return data == nullptr || data[row * stride]; }
 };
 
-// One head's [rows, width] matrix in global memory. `vectors`: every row starts at a multiple of 16
-// bytes and its elements are adjacent.
+// One head's [rows, width] matrix in global memory, of which tiles show the rows that `keep` has.
+// `vectors`: every row starts at a multiple of 16 bytes and its elements are adjacent.
 template <typename T>
 struct Matrix {
   const T* data;
   int64_t stride_m, stride_d;
   int rows, width;
   bool vectors;
+  Keep keep;
 
-  __device__ Matrix(const Strided& t, int b, int h, int64_t rows, int64_t width)
+  __device__ Matrix(const Strided& t, int b, int h, int64_t rows, int64_t width,
+                    const Keep& keep = Keep())
       : data(static_cast<const T*>(t.data) + b * t.stride[0] + h * t.stride[1]),
         stride_m(t.stride[2]),
         stride_d(t.stride[3]),
         rows(static_cast<int>(rows)),
         width(static_cast<int>(width)),
-        vectors(t.vectors) {}
+        vectors(t.vectors),
+        keep(keep) {}
+  // Rows of which a tile of full width shows all, 16 bytes at once.
+  __device__ int plain(int tile_width) const {
+    return vectors && width == tile_width && keep.data == nullptr ? rows : 0;
+  }
 };
 
 // Starts the copy of rows [row0, row0 + kRows) into the tile; rows outside or not kept and columns
-// past the width become 0, also where memory holds NaN. All threads of the block take part.
+// past the width become 0, also where memory holds NaN. All threads of the block take part. `plain`
+// is m.plain(kWidth).
 template <int kRows, int kThreads, typename T, int kWidth>
-__device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int row0,
-                                 const Keep& keep) {
+__device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int row0, int plain) {
   using Dst = Tile<T, kWidth>;
   constexpr int kRowsAtOnce = kThreads / Dst::kChunks;
   static_assert(kRowsAtOnce * Dst::kChunks == kThreads && kRowsAtOnce > 0);
   static_assert(kRows % kRowsAtOnce == 0);
-  const int col = threadIdx.x % Dst::kChunks * Dst::kPer16;
-  const int first = threadIdx.x / Dst::kChunks;
-  const T* from = m.data + (row0 + first) * m.stride_m + col * m.stride_d;
+  const int col = threadIdx.x % Dst::kChunks * Dst::kPer16, first = threadIdx.x / Dst::kChunks;
   const int64_t step = kRowsAtOnce * m.stride_m;
+  const T* from = m.data + (row0 + first) * m.stride_m;
+  // The swizzle repeats every eight rows.
+  if (kRowsAtOnce % 8 == 0 && row0 + kRows <= plain) {
+    const uint32_t to = tile.address(first, col);
+    from += col;
+    unroll<kRows / kRowsAtOnce>([&](auto i) {
+      cp_async16<i * kRowsAtOnce * Dst::kRowBytes>(to, from);
+      from += step;
+    });
+    return;
+  }
+  from += col * m.stride_d;
   const int inside = max(0, min(Dst::kPer16, m.width - col));
   const int bytes = inside * static_cast<int>(sizeof(T)), left = m.rows - row0 - first;
-  const uint32_t to0 = tile.address(first, col);
-  // The swizzle repeats every eight rows.
-  const auto place = [&](int r) {
-    return kRowsAtOnce % 8 == 0 ? to0 + r * Dst::kRowBytes : tile.address(first + r, col);
-  };
-  if (m.vectors && keep.data == nullptr) {
-#pragma unroll
-    for (int r = 0; r < kRows; r += kRowsAtOnce) {
-      cp_async16(place(r), from, r < left ? bytes : 0);
-      from += step;
-    }
-  } else {
 #pragma unroll 1
-    for (int r = 0; r < kRows; r += kRowsAtOnce) {
-      const bool on = r < left && keep.at(row0 + first + r);
-      if (m.vectors) {
-        cp_async16(place(r), from, on ? bytes : 0);
-      } else {
-        T v[Dst::kPer16];
+  for (int r = 0; r < kRows; r += kRowsAtOnce) {
+    const bool on = r < left && m.keep.at(row0 + first + r);
+    const uint32_t to = tile.address(first + r, col);
+    if (m.vectors) {
+      cp_async16(to, from, on ? bytes : 0);
+    } else {
+      T v[Dst::kPer16];
 #pragma unroll
-        for (int i = 0; i < Dst::kPer16; ++i) {
-          v[i] = on && i < inside ? from[i * m.stride_d] : static_cast<T>(0.0f);
-        }
-        const uint4 w = *reinterpret_cast<const uint4*>(v);
-        asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(place(r)), "r"(w.x), "r"(w.y),
-                     "r"(w.z), "r"(w.w)
-                     : "memory");
+      for (int i = 0; i < Dst::kPer16; ++i) {
+        v[i] = on && i < inside ? from[i * m.stride_d] : static_cast<T>(0.0f);
       }
-      from += step;
+      const uint4 w = *reinterpret_cast<const uint4*>(v);
+      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(w.x), "r"(w.y), "r"(w.z),
+                   "r"(w.w)
+                   : "memory");
     }
+    from += step;
   }
+}
+template <int kRows, int kThreads, typename T, int kWidth>
+__device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int row0) {
+  load_tile<kRows, kThreads>(tile, m, row0, m.plain(kWidth));
 }
 
 // body(j, stage) for j in [0, n), tile j loaded by load(j, stage) up to kStages - 1 steps ahead.
@@ -225,34 +336,43 @@ __device__ inline void walk(int n, const Load& load, const Body& body) {
 
 // A warp's accumulators as rows [row, row + 16) of a tile.
 template <typename T, int kDT, int kWidth>
-__device__ inline void put_tile(Tile<T, kWidth> tile, int row, const float (&c)[kDT][4]) {
+__device__ inline void put_tile(Tile<T, kWidth, true> tile, int row, const float (&c)[kDT][4]) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int d = 0; d < kDT; ++d) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t to = tile.address(row + lane / 4 + 8 * i, 8 * d + lane % 4 * 2);
-      if constexpr (sizeof(T) == 2) {
-        store_shared(to, pack<T>(c[d][2 * i], c[d][2 * i + 1]));
-      } else {
-        asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(to), "f"(c[d][2 * i]),
-                     "f"(c[d][2 * i + 1])
-                     : "memory");
-      }
+  using Dst = Tile<T, kWidth, true>;
+  const uint32_t to = tile.address(row + lane / 4, lane % 4 * 2);
+  unroll<2 * kDT>([&](auto i) {
+    constexpr int kFar = i % 2 * 8 * Dst::kRowBytes + i / 2 * 8 * Dst::kSize;
+    const float* v = &c[i / 2][i % 2 * 2];
+    if constexpr (sizeof(T) == 2) {
+      store_shared<kFar>(to, pack<T>(v[0], v[1]));
+    } else {
+      asm volatile("st.shared.v2.f32 [%0+%3], {%1,%2};" ::"r"(to), "f"(v[0]), "f"(v[1]), "n"(kFar)
+                   : "memory");
     }
-  }
+  });
 }
 
-// A warp's accumulators as fp32 columns [col, ...) of rows [row0, row0 + 16) of `out` [rows,
-// width].
+// A warp's accumulators as fp32 columns [col, ...) of rows [row0, row0 + 16) of the contiguous
+// `out` [rows, width].
 template <int kDT>
 __device__ inline void put_rows(float* out, int row0, int64_t rows, int width, int col,
                                 const float (&c)[kDT][4]) {
   const int lane = threadIdx.x % 32;
+  const bool pairs = width % 2 == 0 && reinterpret_cast<uintptr_t>(out) % 8 == 0;
+  col += lane % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < kDT * 4; ++i) {
-    const int row = row0 + lane / 4 + i % 4 / 2 * 8, at = col + i / 4 * 8 + lane % 4 * 2 + i % 2;
-    if (row < rows && at < width) out[int64_t{row} * width + at] = c[i / 4][i % 4];
+  for (int i = 0; i < 2; ++i) {
+    const int row = row0 + lane / 4 + 8 * i;
+    if (row >= rows) continue;
+    float* to = out + int64_t{row} * width + col;
+#pragma unroll
+    for (int d = 0; d < kDT; ++d) {
+      const float x = c[d][2 * i], y = c[d][2 * i + 1];
+      const int left = width - col - 8 * d;
+      if (pairs && left > 0) store_global(to + 8 * d, x, y);
+      if (!pairs && left > 0) to[8 * d] = x;
+      if (!pairs && left > 1) to[8 * d + 1] = y;
+    }
   }
 }
 
@@ -261,33 +381,37 @@ __device__ inline void put_rows(float* out, int row0, int64_t rows, int width, i
 // uses.
 template <typename T, int kDT>
 __device__ inline void store_tile(T* out, int64_t row0, int64_t rows, int width, int col,
-                                  const float (&c)[kDT][4], Tile<T, 8 * kDT> stage) {
+                                  const float (&c)[kDT][4], Tile<T, 8 * kDT, true> stage) {
+  using Src = Tile<T, 8 * kDT, true>;
+  constexpr int kAcross = Src::kChunks < 8 ? Src::kChunks : 8, kDown = 32 / kAcross;
   const int lane = threadIdx.x % 32;
+  const int row = kAcross < 8 ? lane % kDown : lane / kAcross;
+  const int at = (kAcross < 8 ? lane / kDown : lane % kAcross) * Src::kPer16;
   put_tile(stage, 0, c);
   __syncwarp();
-  using Src = Tile<T, 8 * kDT>;
+  const uint32_t from = stage.address(row, at);
   const bool vectors = width % Src::kPer16 == 0;
+  T* to = out + (row0 + row) * width + col + at;
+  const int left = static_cast<int>(rows - row0) - row;
+  unroll<16 / kDown>([&](auto i) {
+    if (i * kDown < left) {
+      unroll<Src::kChunks / kAcross>([&](auto j) {
+        constexpr int kCol = j * kAcross * Src::kPer16;
+        const uint4 w = load_shared16<i * kDown * Src::kRowBytes + j * kAcross * 16>(from);
+        const int inside = width - col - at - kCol;
+        if (vectors) {
+          if (inside > 0) store_global(to + kCol, w);
+        } else {
+          const T* v = reinterpret_cast<const T*>(&w);
 #pragma unroll
-  for (int i = 0; i < 16 * Src::kChunks; i += 32) {
-    const int row = (i + lane) / Src::kChunks, at = (i + lane) % Src::kChunks * Src::kPer16;
-    uint4 w;
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                 : "r"(stage.address(row, at))
-                 : "memory");
-    if (row0 + row < rows && col + at < width) {
-      T* to = out + (row0 + row) * width + col + at;
-      if (vectors) {
-        *reinterpret_cast<uint4*>(to) = w;
-      } else {
-        const T* v = reinterpret_cast<const T*>(&w);
-#pragma unroll
-        for (int e = 0; e < Src::kPer16; ++e) {
-          if (col + at + e < width) to[e] = v[e];
+          for (int e = 0; e < Src::kPer16; ++e) {
+            if (e < inside) to[kCol + e] = v[e];
+          }
         }
-      }
+      });
     }
-  }
+    to += kDown * width;
+  });
   __syncwarp();
 }
 

@@ -40,43 +40,60 @@ struct PairBwd<128> : Shape<64, 64, 4, 1, 2> {};
 template <>
 struct PairBwd<256> : Shape<64, 32, 4, 1, 2> {};
 
+// Tall tiles read the walked stream less often; for so many tokens that every multiprocessor has a
+// block.
 template <int kBytes, int kWidth>
+constexpr bool kHasTall = kBytes == 2 && kWidth <= 128;
+
+template <int kBytes, int kWidth, bool kTall>
 struct AttendFwd;  // one direction: q resident, k and v walked
 template <>
-struct AttendFwd<2, 32> : Shape<128, 64, 4, 1, 2> {};
+struct AttendFwd<2, 32, false> : Shape<128, 64, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 64> : Shape<128, 64, 4, 1, 2> {};
+struct AttendFwd<2, 64, false> : Shape<128, 64, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 128> : Shape<64, 64, 4, 1, 2> {};
+struct AttendFwd<2, 128, false> : Shape<64, 64, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 256> : Shape<64, 32, 4, 1, 2> {};
+struct AttendFwd<2, 256, false> : Shape<64, 32, 4, 1, 2> {};
 template <>
-struct AttendFwd<4, 32> : Shape<64, 32, 4, 1, 2> {};
+struct AttendFwd<4, 32, false> : Shape<64, 32, 4, 1, 2> {};
 template <>
-struct AttendFwd<4, 64> : Shape<64, 32, 4, 1, 2> {};
+struct AttendFwd<4, 64, false> : Shape<64, 32, 4, 1, 2> {};
 template <>
-struct AttendFwd<4, 128> : Shape<64, 16, 4, 1, 2> {};
+struct AttendFwd<4, 128, false> : Shape<64, 16, 4, 1, 2> {};
 template <>
-struct AttendFwd<4, 256> : Shape<32, 16, 4, 2, 2> {};
+struct AttendFwd<4, 256, false> : Shape<32, 16, 4, 2, 2> {};
+template <>
+struct AttendFwd<2, 32, true> : Shape<256, 64, 8, 1, 2> {};
+template <>
+struct AttendFwd<2, 64, true> : Shape<256, 64, 8, 1, 2> {};
+template <>
+struct AttendFwd<2, 128, true> : Shape<128, 64, 8, 1, 2> {};
 
-template <int kBytes, int kWidth>
+template <int kBytes, int kWidth, bool kTall>
 struct OwnerBwd;  // a block owns rows of one stream, up to three tiles of the other are walked
 template <>
-struct OwnerBwd<2, 32> : Shape<64, 64, 4, 1, 2> {};
+struct OwnerBwd<2, 32, false> : Shape<64, 64, 4, 1, 2> {};
 template <>
-struct OwnerBwd<2, 64> : Shape<64, 64, 4, 1, 2> {};
+struct OwnerBwd<2, 64, false> : Shape<64, 64, 4, 1, 2> {};
 template <>
-struct OwnerBwd<2, 128> : Shape<64, 32, 4, 1, 2> {};
+struct OwnerBwd<2, 128, false> : Shape<64, 32, 4, 1, 2> {};
 template <>
-struct OwnerBwd<2, 256> : Shape<32, 16, 4, 2, 2> {};
+struct OwnerBwd<2, 256, false> : Shape<32, 16, 4, 2, 2> {};
 template <>
-struct OwnerBwd<4, 32> : Shape<64, 32, 4, 1, 2> {};
+struct OwnerBwd<4, 32, false> : Shape<64, 32, 4, 1, 2> {};
 template <>
-struct OwnerBwd<4, 64> : Shape<64, 16, 4, 1, 2> {};
+struct OwnerBwd<4, 64, false> : Shape<64, 16, 4, 1, 2> {};
 template <>
-struct OwnerBwd<4, 128> : Shape<32, 16, 4, 2, 2> {};
+struct OwnerBwd<4, 128, false> : Shape<32, 16, 4, 2, 2> {};
 template <>
-struct OwnerBwd<4, 256> : Shape<16, 16, 4, 4, 1> {};
+struct OwnerBwd<4, 256, false> : Shape<16, 16, 4, 4, 1> {};
+template <>
+struct OwnerBwd<2, 32, true> : Shape<128, 64, 8, 1, 2> {};
+template <>
+struct OwnerBwd<2, 64, true> : Shape<128, 64, 8, 1, 2> {};  // 102 KiB
+template <>
+struct OwnerBwd<2, 128, true> : Shape<128, 32, 8, 1, 2> {};  // 148 KiB
 
 // The short stream of up to kCols_ tokens stays resident, the long one passes in tiles of kRows.
 // Its results, [kCols, width], are spread over the warps: kGroups of 16 * kMC rows, and columns.
