@@ -122,17 +122,32 @@ Where a target is missed:
   the registers of 4 warps, and on 32 tokens 8 warps compute s and dp twice. Tried: 64 x 16 with 4
   warps, which spills throughout the loop; with 8, which computes more of it twice; 32 x 16 with
   4, which spills and does so too.
-- *of triton's*: the CUDA kernels execute more PTX a product than Triton's, chiefly for addresses
-  and predicates (add, xor, setp, selp). Kept: no copies of accumulators around an mma, lg2 for the
-  logarithm of a row sum, statistics of a backward by eight lanes a row and 16-byte loads, shares
+- *global_bytes* of `cuda`: predicted were the walked streams, read by too many small blocks. Found,
+  by launch and buffer: results stored word by word, each store counting its sector, because the
+  compiler splits 16-byte stores where another branch stores parts of them; so it does with loads.
+  Kept: accesses that it cannot split; fp32 shares two numbers a store; as few chunks a head as
+  Triton; tall tiles, 256 tokens of width 64 or 128 of width 128 forward and 128 backward, where
+  every processor has one. Not done: 256 tokens backward, which needs two tiles of rows a warp, and
+  the resident backward of 128 tokens, whose scores are more than the registers of a warp of 16
+  rows: rows and columns would have to be split over warps, and the row results with them.
+- *of triton's*: predicted were addresses and predicates (add, xor, setp, selp), and they were most
+  of it. Kept: offsets as immediates of ldmatrix, ld, st and cp.async, with one xor for each 32
+  bytes of a swizzled row; rows padded by 16 bytes where p is written; lane offsets computed once
+  and held; one comparison for a tile that is whole; products with v that start from -delta in
+  place of zero; o scaled only where a row's maximum has grown by 2^8; statistics of a backward by
+  32 rows a warp, summed by a transposing butterfly; masks anew in each tile instead of held; and,
+  from before, no copies of accumulators around an mma, lg2 for the logarithm of a row sum, shares
   of chunks summed four numbers a lane, gates and selects only where something is masked or
-  clamped. Not done: immediate offsets in ldmatrix, results written without a pass through shared
-  memory, larger tiles for long streams (which is also what global_bytes needs), fewer chunks a
-  head, and the resident backward of 128 tokens, which Triton has.
-- *spills* without accesses in loops, in the one kernel whose machine code was read, are addresses
-  of the outputs, kept from where the inputs were read. In loops: forward with 128 tokens, s, e,
-  partial column sums, o and acc of a 128 x 128 tile. Tried: s anew where a tile needs it again
-  (kept); 64 x 128 with 4 warps, which spills more; with 8 warps, which computes products twice.
+  clamped. Dropped: lane offsets hidden from the compiler at each use, which it then computes at
+  each use; offsets held in the resident forward of 128 tokens and in the losses' forward of
+  narrow rows, which then spill. Not done: row results written without a pass through shared
+  memory, which takes more instructions in shuffles and selects than it saves; the movs of scores
+  around branches that are not taken.
+- *spills* of `triton` without accesses in loops, in the one kernel whose machine code was read,
+  are addresses of the outputs, kept from where the inputs were read. In loops: forward with 128
+  tokens, s, e, partial column sums, o and acc of a 128 x 128 tile. Tried: s anew where a tile needs
+  it again (kept); 64 x 128 with 4 warps, which spills more; with 8 warps, which computes products
+  twice.
 """.splitlines()
 
 
@@ -299,11 +314,19 @@ def run(shape: Shape, kept: dict) -> dict:
     return dataclasses.asdict(shape) | {"counts": result | kept}
 
 
-def usable(shape: Shape) -> list[str]:
-    """Our backends in this build."""
-    side = problem.Side(shape.M, shape.N, shape.D, shape.D)
-    asked = problem.AttentionProblem("bi_attention", 1, 1, side, side, torch.bfloat16, "cuda")
-    return [name for name in OURS if not backends.reject(name, "bi_attention", asked)]
+def usable(shape: Shape | LossShape) -> list[str]:
+    """Our backends in this build; says why one is left out."""
+    if isinstance(shape, LossShape):
+        op, sizes = shape.op, (1, shape.M, shape.M, shape.D)
+        asked = problem.PairLossProblem(op, *sizes, torch.bfloat16, "cuda")
+    else:
+        op, side = "bi_attention", problem.Side(shape.M, shape.N, shape.D, shape.D)
+        asked = problem.AttentionProblem(op, 1, 1, side, side, torch.bfloat16, "cuda")
+    why = {name: backends.reject(name, op, asked) for name in OURS}
+    for name, reasons in why.items():
+        if reasons:
+            print(f"gpu_counts: {shape.name}: no {name}: {'; '.join(reasons)}", file=sys.stderr)
+    return [name for name, reasons in why.items() if not reasons]
 
 
 def both(loss: Callable) -> Callable:
@@ -355,13 +378,12 @@ def run_loss(shape: LossShape, kept: dict) -> dict:
     loss = op(*exact, *extra, backend="reference")
     want = [loss.detach(), *torch.autograd.grad(loss, exact)]
     result = {}
-    asked = problem.PairLossProblem(shape.op, 1, shape.M, shape.M, shape.D, torch.bfloat16, "cuda")
     for _, cache in compiled():
         cache.clear()
     calls = {
         name: lambda x, y, name=name: op(x, y, *extra, backend=name)
-        for name in OURS
-        if not backends.reject(name, shape.op, asked)
+        for name in usable(shape)
+        if name not in kept
     }
     if not kept:
         rivals = RIVALS[shape.op].items()
