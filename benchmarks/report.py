@@ -210,26 +210,32 @@ def overhead_table(results: dict[str, Result]) -> str:
 
 
 def scaling_table(results: dict[str, Result]) -> str:
-    """How much faster the largest number of threads is than one."""
+    """How much faster the largest number of threads is than one: ours, and peers in those cells."""
     rows = []
     for op, result in results.items():
-        ours: dict[tuple, dict[int, float]] = {}
+        cells: dict[tuple, dict[int, dict]] = {}
         for r in timed(result):
-            if "ours" in r["times"]:
-                key = (r["case"], r["mode"], r["dtype"])
-                ours.setdefault(key, {})[r["threads"]] = r["times"]["ours"]["p50"]
+            key = (r["mode"], r["dtype"], r["case"])
+            cells.setdefault(key, {})[r["threads"]] = r["times"]
         for mode in MODES:
             for dtype in cases.DTYPES:
-                gains = {
-                    k[0]: t[1] / t[max(t)]
-                    for k, t in ours.items()
-                    if k[1:] == (mode, dtype) and 1 in t and max(t) > 1
-                }
-                if gains:
-                    low = min(gains, key=gains.__getitem__)
-                    average = f"{mean(list(gains.values())):.2f}"
-                    rows.append((op, MODES[mode], dtype, average, f"{gains[low]:.2f} ({low})"))
-    return table(("op", "mode", "dtype", "geometric mean", "worst"), rows)
+                ours: dict[str, float] = {}
+                peers: list[float] = []
+                for key, times in cells.items():
+                    if key[:2] != (mode, dtype) or 1 not in times:
+                        continue
+                    one, many = times[1], times[max(times)]
+                    gains = {n: one[n]["p50"] / many[n]["p50"] for n in one if n in many}
+                    if max(times) > 1 and "ours" in gains:
+                        ours[key[2]] = gains.pop("ours")
+                        peers += gains.values()
+                if ours:
+                    low = min(ours, key=ours.__getitem__)
+                    rows.append((
+                        op, MODES[mode], dtype, f"{mean(list(ours.values())):.2f}",
+                        f"{mean(peers):.2f}" if peers else "-", f"{ours[low]:.2f} ({low})",
+                    ))  # fmt: skip
+    return table(("op", "mode", "dtype", "geometric mean", "peers'", "worst"), rows)
 
 
 def provenance(results: dict[str, Result]) -> str:
