@@ -19,7 +19,6 @@ template <class U>
 class Backward : Tiles {
  public:
   Backward(const BiAttention& a, const BiAttentionGrad& g, bool swapped, ParallelFor parallel)
-
       : Tiles(a, swapped, parallel),
         g_(g),
         bias_{g.dbias, g.dbias_stride},
