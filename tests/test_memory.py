@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import fusedmm
 from fusedmm.testing import POSITIONAL
 
 PROBE = pathlib.Path(__file__).with_name("memory_probe.py")
@@ -102,3 +104,28 @@ def test_workspace_of_few_queries_and_many_keys():
     """A few MiB a thread. Sums of all keys' gradients, for every chunk of queries, once took 80."""
     grown = _printed(WORKSPACE)
     assert grown < 32 << 20, f"{grown / 2**20:.0f} MiB"
+
+
+def _advised(data: int) -> bool:
+    """Whether the mapping that holds the address was asked to take huge pages."""
+    inside = False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            first = line.split(maxsplit=1)[0]
+            if "-" in first and not first.endswith(":"):
+                low, high = (int(end, 16) for end in first.split("-"))
+                inside = low <= data < high
+            elif inside and first == "VmFlags:":
+                return "hg" in line.split()
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(not built, reason="extension not built")
+@pytest.mark.skipif(
+    not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here"
+)
+def test_large_results_ask_for_huge_pages():
+    """A result of 8 MiB, past its first 2 MiB."""
+    x, y = torch.randn(1, 1, 8192, 256), torch.randn(1, 1, 1, 256)
+    o_x, _ = fusedmm.bi_attention(x, y, x, y, backend="cpu")
+    assert _advised(o_x.data_ptr() + (4 << 20))

@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "huge_pages.h"
 #include "vec.h"
 
 namespace fmm::cpu::FMM_ISA {
@@ -57,6 +58,7 @@ class Arena {
   void grow(size_t bytes) {
     const size_t size = bytes > kFirst ? bytes : kFirst;
     char* p = static_cast<char*>(::operator new[](size, std::align_val_t{64}));
+    prefer_huge_pages(p, size);
     blocks_.push_back({std::unique_ptr<char[], Free>(p), size});
     used_ = 0;
   }
