@@ -64,7 +64,7 @@ class Forward {
       : a_(a), x_(a.G * a.M, a.N, arena), y_(a.G * a.N, a.M, arena) {}
 
   template <class P>
-  void tile(PairTile& t, Scratch& w, P&) {
+  void tile(PairTile& t, Scratch& w, const P&) {
     const int64_t m = t.g * a_.M + t.m0, n = t.g * a_.N + t.n0;
     scale_and_total(t, w, m);
     for (int k = 0; k < t.matches; ++k) {

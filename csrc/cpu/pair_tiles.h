@@ -113,7 +113,7 @@ class PairLoop : PairShape {
         make_work(w, Arena::local());
         for (int64_t t = begin; t < end; ++t) {
           const int64_t p = t % strips_;
-          block(w, t / strips_, p, (p + stage) % strips_);
+          block(w, t / strips_, p, (p + stage) % strips_, stage > 0);
         }
       });
     }
@@ -122,14 +122,22 @@ class PairLoop : PairShape {
   }
 
  private:
+  // Tiles a side of a patch. Their ds wait in the second-level cache (a third of a MiB) until all
+  // are there: then a block of dx or dy, which is not, is visited once for three products.
+  static constexpr int kPatch = 3;
+
   struct Work {
-    PTile<U> ds;
+    PTile<U> ds[kPatch][kPatch];  // by tile of x, tile of y
     PairTile tile;
     typename Op::Scratch op;
   };
 
   void make_work(Work& w, Arena& arena) const {
-    w.ds = PTile<U>::make(arena, Op::kBackward, Op::kBackward);
+    for (int64_t i = 0; i < std::min<int64_t>(kPatch, tiles_x_); ++i) {
+      for (int64_t j = 0; j < std::min<int64_t>(kPatch, tiles_y_); ++j) {
+        w.ds[i][j] = PTile<U>::make(arena, Op::kBackward, Op::kBackward);
+      }
+    }
     w.tile.s = arena.take<float>(kBlock * kBlock);
     w.tile.match = arena.take<Match>(kBlock * kBlock);
     w.op.make(arena);
@@ -163,19 +171,36 @@ class PairLoop : PairShape {
     });
   }
 
-  // fp32 sums of a gradient: in its own memory where layout allows, zeroed.
+  // fp32 sums of a gradient: in its own memory where layout allows. Stage 0 sets every block.
   float* accumulator(Arena& arena, void* out, int64_t rows) const {
     if (!out) return nullptr;
     const bool own = a_.x.dtype == DType::kFloat && a_.D % kLanes == 0;
     float* acc = own ? static_cast<float*>(out) : arena.take<float>(rows * width_);
-    parallel_(rows, [&](int64_t begin, int64_t end) {
-      std::fill(acc + begin * width_, acc + end * width_, 0.0f);
-    });
+    if (a_.M == 0 || a_.N == 0) std::fill(acc, acc + rows * width_, 0.0f);
     return acc;
   }
 
-  void block(Work& w, int64_t g, int64_t p, int64_t q) const {
+  // Strip p of x against strip q of y; `add`: to what their gradients hold.
+  void block(Work& w, int64_t g, int64_t p, int64_t q, bool add) const {
     const Range xs = strip(p, tiles_x_, a_.M), ys = strip(q, tiles_y_, a_.N);
+    constexpr int64_t kStep = kPatch * kBlock64;
+    for (int64_t n = ys.begin; n < ys.end; n += kStep) {
+      for (int64_t m = xs.begin; m < xs.end; m += kStep) {
+        const Range part_x{m, std::min(m + kStep, xs.end)}, part_y{n, std::min(n + kStep, ys.end)};
+        patch(w, g, part_x, part_y);
+        if (Op::kBackward && dx_) {
+          add_products<true>(w, acc_x_ + g * a_.M * width_, part_x, yb_ + g * tiles_y_ * b_, part_y,
+                             add || n > ys.begin);
+        }
+        if (Op::kBackward && dy_) {
+          add_products<false>(w, acc_y_ + g * a_.N * width_, part_y, xb_ + g * tiles_x_ * b_,
+                              part_x, add || m > xs.begin);
+        }
+      }
+    }
+  }
+
+  void patch(Work& w, int64_t g, Range xs, Range ys) const {
     PairTile& t = w.tile;
     t.g = g;
     for (t.n0 = ys.begin; t.n0 < ys.end; t.n0 += kBlock) {
@@ -183,12 +208,31 @@ class PairLoop : PairShape {
       t.nv = vectors(t.cols);
       for (t.m0 = xs.begin; t.m0 < xs.end; t.m0 += kBlock) {
         t.rows = static_cast<int>(std::min(kBlock64, xs.end - t.m0));
-        one_tile(w);
+        one_tile(w, w.ds[(t.m0 - xs.begin) / kBlock][(t.n0 - ys.begin) / kBlock]);
       }
     }
   }
 
-  void one_tile(Work& w) const {
+  // Rows `own` of dx = ds . y (kX), or of dy = ds^T . x, over rows `other`, packed in `b`; or more.
+  template <bool kX>
+  void add_products(const Work& w, float* acc, Range own, const U* b, Range other, bool add) const {
+    for (int64_t r = own.begin; r < own.end; r += kBlock) {
+      Term<U> terms[kPatch];
+      int count = 0;
+      for (int64_t k = other.begin; k < other.end; k += kBlock, ++count) {
+        const int n = static_cast<int>(std::min(kBlock64, other.end - k));
+        const int64_t i = (r - own.begin) / kBlock;
+        const BOperand<U> rows = packed_b(b + k / kBlock * b_, n);
+        terms[count] =
+            kX ? rows_term(w.ds[i][count], n, rows) : columns_term(w.ds[count][i], n, rows);
+      }
+      const int rows = static_cast<int>(std::min(kBlock64, own.end - r));
+      gemm<U, kX>(rows, vectors(a_.D), terms, count, kX ? PTile<U>::kLdRm : PTile<U>::kLd,
+                  acc + r * width_, width_, add, nullptr);
+    }
+  }
+
+  void one_tile(Work& w, const PTile<U>& ds) const {
     PairTile& t = w.tile;
     const int64_t x = t.g * tiles_x_ + t.m0 / kBlock, y = t.g * tiles_y_ + t.n0 / kBlock;
     const U* rows =
@@ -203,17 +247,7 @@ class PairLoop : PairShape {
     fill_mask(t.mask, {}, {}, 0, t.m0, t.n0, t.cols);
     for (int i = 0; i < t.rows; ++i) t.scale[i] = a_.row_scale(t.g, t.m0 + i);
     find_matches(t);
-    op_.tile(t, w.op, w.ds);
-    if constexpr (Op::kBackward) {
-      if (dx_) {
-        times_rows(w.ds, t.rows, t.cols, packed_b(yb_ + y * b_, t.cols), vectors(a_.D),
-                   acc_x_ + (t.g * a_.M + t.m0) * width_, width_);
-      }
-      if (dy_) {
-        times_columns(w.ds, t.rows, t.cols, packed_b(xb_ + x * b_, t.rows), vectors(a_.D),
-                      acc_y_ + (t.g * a_.N + t.n0) * width_, width_);
-      }
-    }
+    op_.tile(t, w.op, ds);
   }
 
   // Through the normalisation, d = inv * (d - u <u, d>) with u the unit row, and into the output.

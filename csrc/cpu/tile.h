@@ -2,6 +2,7 @@
 // A "unit" is one float or two bf16; kBlock rows and columns make a score tile.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <new>
 #include <vector>
@@ -44,7 +45,8 @@ class Arena {
 
  private:
   struct Free {
-    void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
+    std::align_val_t align;
+    void operator()(char* p) const { ::operator delete[](p, align); }
   };
   struct Block {
     std::unique_ptr<char[], Free> data;
@@ -57,9 +59,10 @@ class Arena {
 
   void grow(size_t bytes) {
     const size_t size = bytes > kFirst ? bytes : kFirst;
-    char* p = static_cast<char*>(::operator new[](size, std::align_val_t{64}));
+    const std::align_val_t align{size < kHugeFrom ? 64 : kHugePage};
+    char* p = static_cast<char*>(::operator new[](size, align));
     prefer_huge_pages(p, size);
-    blocks_.push_back({std::unique_ptr<char[], Free>(p), size});
+    blocks_.push_back({std::unique_ptr<char[], Free>(p, Free{align}), size});
     used_ = 0;
   }
   // One block as large as all of the last call's, so that the next call does not allocate.
@@ -326,10 +329,28 @@ FMM_INLINE int64_t scratch_units(int64_t width) {
   return (kLanes + 2) * (width + kPanel);
 }
 
-// c[R][V] (+)= a . b over k units. kRows: a's unit (r, k) is at r * lda + k, else at k * lda + r.
+// A term of a sum of products over k units: a as micro reads it, from row 0, and b.
+template <class U>
+struct Term {
+  const U* a;
+  BOperand<U> b;
+  int k;
+};
+
+// Terms after the first, at a's row (in units) and b's panel.
+template <class U>
+struct MoreTerms {
+  const Term<U>*next, *end;
+  ptrdiff_t row;
+  int panel;
+};
+
+// c[R][V] (+)= a . b over k units, and more terms if any. kRows: a's unit (r, k) is at r * lda + k,
+// else at k * lda + r.
 template <class U, int R, int V, bool kRows>
 __attribute__((noinline)) void micro(int k, const U* a, ptrdiff_t lda, const U* b, ptrdiff_t ldb,
-                                     float* c, ptrdiff_t ldc, bool accumulate) {
+                                     float* c, ptrdiff_t ldc, bool accumulate,
+                                     const MoreTerms<U>* more) {
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -339,18 +360,22 @@ __attribute__((noinline)) void micro(int k, const U* a, ptrdiff_t lda, const U* 
       if (accumulate) __builtin_prefetch(c + r * ldc + v * kLanes, 1);  // rows far apart
     }
   }
-  for (int i = 0; i < k; ++i) {
-    Vec bv[V];
+  for (const Term<U>* t = more ? more->next : nullptr;; ++t) {
+    for (int i = 0; i < k; ++i) {
+      Vec bv[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes);
+      for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const U x = kRows ? a[r * lda] : a[r];
+      for (int r = 0; r < R; ++r) {
+        const U x = kRows ? a[r * lda] : a[r];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], x, bv[v]);
+        for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], x, bv[v]);
+      }
+      a += kRows ? 1 : lda;
+      b += ldb;
     }
-    a += kRows ? 1 : lda;
-    b += ldb;
+    if (!more || t == more->end) break;
+    a = t->a + more->row, b = t->b.data + more->panel * t->b.panel, ldb = t->b.ld, k = t->k;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -364,12 +389,12 @@ __attribute__((noinline)) void micro(int k, const U* a, ptrdiff_t lda, const U* 
 
 template <class U, int V, bool kRows, int R = kRegRows>
 FMM_INLINE void micro_tail(int rows, int k, const U* a, ptrdiff_t lda, const U* b, ptrdiff_t ldb,
-                           float* c, ptrdiff_t ldc, bool accumulate) {
+                           float* c, ptrdiff_t ldc, bool accumulate, const MoreTerms<U>* more) {
   if constexpr (R > 0) {
     if (rows == R) {
-      micro<U, R, V, kRows>(k, a, lda, b, ldb, c, ldc, accumulate);
+      micro<U, R, V, kRows>(k, a, lda, b, ldb, c, ldc, accumulate, more);
     } else {
-      micro_tail<U, V, kRows, R - 1>(rows, k, a, lda, b, ldb, c, ldc, accumulate);
+      micro_tail<U, V, kRows, R - 1>(rows, k, a, lda, b, ldb, c, ldc, accumulate, more);
     }
   }
 }
@@ -409,21 +434,39 @@ class Ahead {
   int count_ = 0, next_ = 0;
 };
 
-// c[m][nv * kLanes] (+)= a[m][k] . b[k][..]
+// Asks for the part of a panel's lines that is due at row r of m.
+template <class U>
+FMM_INLINE void prefetch_panel(const Term<U>& t, int panel, int r, int m) {
+  const auto* lines = reinterpret_cast<const char*>(t.b.data + panel * t.b.panel);
+  const int bytes = t.k * kPanel * static_cast<int>(sizeof(U)), part = bytes / m * kRegRows + 64;
+  const int end = std::min(bytes, (r / kRegRows + 1) * part);
+  for (int at = r / kRegRows * part; at < end; at += 64) __builtin_prefetch(lines + at);
+}
+
+// c[m][nv * kLanes] (+)= a[m][k] . b[k][..], or a sum of several, whose b then come from further
+// than the second-level cache.
 template <class U, bool kRows>
-void gemm(int m, int nv, int k, const U* a, ptrdiff_t lda, const BOperand<U>& operand, float* c,
-          ptrdiff_t ldc, bool accumulate, Ahead* ahead) {
-  const U* b = operand.data;
-  const ptrdiff_t ldb = operand.ld;
-  for (int v = 0; v < nv; v += 2, b += operand.panel, c += kPanel) {
+void gemm(int m, int nv, const Term<U>* terms, int count, ptrdiff_t lda, float* c, ptrdiff_t ldc,
+          bool accumulate, Ahead* ahead) {
+  const Term<U>& t = terms[0];
+  const U* b = t.b.data;
+  const ptrdiff_t ldb = t.b.ld;
+  for (int v = 0, panel = 0; v < nv; v += 2, ++panel, b += t.b.panel, c += kPanel) {
     for (int r = 0; r < m; r += kRegRows) {
       const int rows = m - r < kRegRows ? m - r : kRegRows;
+      const ptrdiff_t row = kRows ? r * lda : r;
+      const MoreTerms<U> rest{terms + 1, terms + count, row, panel};
+      const MoreTerms<U>* more = count > 1 ? &rest : nullptr;
       if (ahead) ahead->step();
-      const U* ar = kRows ? a + r * lda : a + r;
+      for (int i = 0; more && v + 2 < nv && i < count; ++i) {
+        prefetch_panel(terms[i], panel + 1, r, m);
+      }
       if (nv - v >= 2) {
-        micro_tail<U, 2, kRows>(rows, k, ar, lda, b, ldb, c + r * ldc, ldc, accumulate);
+        micro_tail<U, 2, kRows>(rows, t.k, t.a + row, lda, b, ldb, c + r * ldc, ldc, accumulate,
+                                more);
       } else {
-        micro_tail<U, 1, kRows>(rows, k, ar, lda, b, ldb, c + r * ldc, ldc, accumulate);
+        micro_tail<U, 1, kRows>(rows, t.k, t.a + row, lda, b, ldb, c + r * ldc, ldc, accumulate,
+                                more);
       }
     }
   }
@@ -492,26 +535,38 @@ struct PTile {
   }
 };
 
-// c = p . b, contracting the tile's columns (n of them), or added to c.
+// p . b, contracting the tile's columns (n of them).
+template <class U>
+FMM_INLINE Term<U> rows_term(const PTile<U>& p, int n, const BOperand<U>& b) {
+  return {p.rm, b, units<U>(n)};
+}
+// p^T . b, contracting the tile's rows (m of them).
+template <class U>
+FMM_INLINE Term<U> columns_term(const PTile<U>& p, int m, const BOperand<U>& b) {
+  return {p.tr, b, units<U>(m)};
+}
+// c = p . b, or added to c.
 template <class U>
 FMM_INLINE void times_rows(const PTile<U>& p, int m, int n, const BOperand<U>& b, int nv, float* c,
                            int64_t ldc, bool accumulate = true, Ahead* ahead = nullptr) {
-  gemm<U, true>(m, nv, units<U>(n), p.rm, PTile<U>::kLdRm, b, c, ldc, accumulate, ahead);
+  const Term<U> term = rows_term(p, n, b);
+  gemm<U, true>(m, nv, &term, 1, PTile<U>::kLdRm, c, ldc, accumulate, ahead);
 }
-// c = p^T . b, contracting the tile's rows (m of them), or added to c.
+// c = p^T . b, or added to c.
 template <class U>
 FMM_INLINE void times_columns(const PTile<U>& p, int m, int n, const BOperand<U>& b, int nv,
                               float* c, int64_t ldc, bool accumulate = true,
                               Ahead* ahead = nullptr) {
-  gemm<U, false>(n, nv, units<U>(m), p.tr, PTile<U>::kLd, b, c, ldc, accumulate, ahead);
+  const Term<U> term = columns_term(p, m, b);
+  gemm<U, false>(n, nv, &term, 1, PTile<U>::kLd, c, ldc, accumulate, ahead);
 }
 // s[m][kBlock] = rows row0.. of a . bt over the width, bt packed.
 template <class U>
 FMM_INLINE void scores(const AOperand<U>& a, int64_t row0, const U* bt, int m, int n, int64_t width,
                        float* s, Ahead* ahead = nullptr) {
   const int k = units<U>(width);
-  const BOperand<U> b{bt, kPanel, int64_t{k} * kPanel};
-  gemm<U, true>(m, vectors(n), k, a.data + row0 * a.ld, a.ld, b, s, kBlock, false, ahead);
+  const Term<U> term{a.data + row0 * a.ld, {bt, kPanel, int64_t{k} * kPanel}, k};
+  gemm<U, true>(m, vectors(n), &term, 1, a.ld, s, kBlock, false, ahead);
 }
 
 }  // namespace fmm::cpu::FMM_ISA
