@@ -47,7 +47,7 @@ def _parser(recipes: Sequence[str], cases: list[str]) -> argparse.ArgumentParser
     compare = command("compare", "whole training steps of several recipes, ours against standard")
     compare.add_argument("--page", type=Path, default=Path("docs/recipes.md"))
     compare.add_argument("--clip", type=Path, help="folder of a trained CLIP")
-    compare.add_argument("--steps", type=int, default=20)
+    compare.add_argument("--steps", type=int, default=60)
     compare.add_argument("--cases", nargs="+", choices=cases, default=cases)
     evaluate = command("eval", "measure a trained model on a split")
     evaluate.add_argument("folder", type=Path, nargs="?", help="default RUNS/openmoji/clip")

@@ -15,7 +15,7 @@ pytest.importorskip("safetensors", reason="the train extra is not installed")
 
 from fusedmm.train import end_to_end  # noqa: E402
 from fusedmm.train.commands import RECIPES, settings_class  # noqa: E402
-from fusedmm.train.compare import compare  # noqa: E402
+from fusedmm.train.compare import Comparison, Side, compare  # noqa: E402
 from fusedmm.train.config import LoopConfig  # noqa: E402
 from fusedmm.train.table import collect, figures_of, fill, write_page  # noqa: E402
 
@@ -75,3 +75,16 @@ def test_cached_clip_agrees_with_standard(tmp_path):
     )
     write_page(page, tmp_path, [])
     assert "geometric mean" in page.read_text()
+
+
+def test_speed_up_is_of_pairs_of_steps():
+    """Ours is always a tenth faster than standard on the same batch, batches differ a lot."""
+    times = [1.0, 1.1, 7.0, 7.7, 1.0, 1.1, 30.0, 33.0]
+    ours = Side("ours", [], 4.0, 1, times[::2])
+    comparison = Comparison(ours, Side("standard", [], 4.4, 1, times[1::2]), 1, "fp32")
+    found = comparison.speed_up
+    assert all(abs(value - 1.1) < 1e-12 for value in found.values())
+    noisy = Comparison(
+        ours, Side("standard", [], 4.4, 1, [1.0, 8.0, 2.0, 30.0]), 1, "fp32"
+    ).speed_up
+    assert noisy["low"] < noisy["median"] < noisy["high"]

@@ -25,6 +25,7 @@ from fusedmm.train.loop import Task, device, resolve_precision
 from fusedmm.train.recipes import machine
 from fusedmm.train.sampling import step_seed
 from fusedmm.train.systems import Sources, load_system
+from fusedmm.train.table import speed_up
 from fusedmm.train.vilbert import ViLBERTRecipe, ViLBERTTask
 
 Case = tuple[str, LoopConfig, Callable[[str | None], Task]]
@@ -141,8 +142,8 @@ def plot(comparisons: dict[str, dict[str, Any]], path: Path) -> None:
             steps, c["standard"]["losses"], color="#e07b39", lw=5, alpha=0.5, label="standard"
         )
         axis.plot(steps, c["ours"]["losses"], color="#1b6ca8", lw=1.5, label="ours")
-        ratio = c["standard"]["seconds"] / c["ours"]["seconds"]
-        axis.set(title=f"{name}: {ratio:.2f} times as fast", xlabel="step", ylabel="loss")
+        title = f"{name}: {speed_up(c)[1]} times as fast"
+        axis.set(title=title, xlabel="step", ylabel="loss")
         axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
