@@ -13,7 +13,9 @@ run: build
 OP ?= all
 bench: build
 	$(PY) -m pip install -q -e ".[bench]" --no-build-isolation
-	$(PY) -m benchmarks.run $(OP) --cases model,overhead,sweep $(ARGS)
+	$(PY) -m benchmarks.run $(OP) --cases model,overhead --what time $(ARGS)
+	$(PY) -m benchmarks.run $(OP) --cases model --what memory --modes fwdbwd $(ARGS)
+	$(PY) -m benchmarks.run $(OP) --cases sweep --modes fwdbwd --dtypes fp32 $(ARGS)
 	$(PY) -m benchmarks.report
 
 test: lint

@@ -89,9 +89,9 @@ class PairLoop : PairShape {
   PairLoop(const PairLoss& a, Op& op, void* dx, void* dy, ParallelFor parallel)
       : PairShape(a), op_(op), dx_(dx), dy_(dy), parallel_(parallel) {
     width_ = round_up(a.D, kLanes);
-    a_block_ = a_units<U>(kBlock, a.D);
-    bt_ = bt_units<U>(kBlock, a.D);
-    b_ = b_units<U>(kBlock, a.D);
+    const int64_t rows_x = std::min(kBlock64, a.M), rows_y = std::min(kBlock64, a.N);
+    a_block_ = a_units<U>(rows_x, a.D), bx_ = b_units<U>(rows_x, a.D);
+    bt_ = bt_units<U>(rows_y, a.D), by_ = b_units<U>(rows_y, a.D);
   }
 
   void run() {
@@ -148,15 +148,15 @@ class PairLoop : PairShape {
     const bool in_place = !inv_x_ && a_.x.stride[0] % kPerUnit<U> == 0 &&
                           readable_everywhere<U>(rows_of(a_.x, 0, 0, 0), a_.D);
     xa_ = in_place ? nullptr : arena.take<U>(a_.G * tiles_x_ * a_block_);
-    xb_ = dy_ ? arena.take<U>(a_.G * tiles_x_ * b_) : nullptr;
+    xb_ = dy_ ? arena.take<U>(a_.G * tiles_x_ * bx_) : nullptr;
     yt_ = arena.take<U>(a_.G * tiles_y_ * bt_);
-    yb_ = dx_ ? arena.take<U>(a_.G * tiles_y_ * b_) : nullptr;
-    pack_blocks(a_.x, inv_x_, a_.M, xa_, nullptr, xb_);
-    pack_blocks(a_.y, inv_y_, a_.N, nullptr, yt_, yb_);
+    yb_ = dx_ ? arena.take<U>(a_.G * tiles_y_ * by_) : nullptr;
+    pack_blocks(a_.x, inv_x_, a_.M, xa_, nullptr, xb_, bx_);
+    pack_blocks(a_.y, inv_y_, a_.N, nullptr, yt_, yb_, by_);
   }
 
-  void pack_blocks(const Tensor4& t, const float* inv, int64_t rows, U* as_a, U* as_bt,
-                   U* as_b) const {
+  void pack_blocks(const Tensor4& t, const float* inv, int64_t rows, U* as_a, U* as_bt, U* as_b,
+                   int64_t b) const {
     const int64_t tiles = ceil_div(rows, kBlock);
     parallel_(a_.G * tiles, [&](int64_t begin, int64_t end) {
       U* scratch = Arena::local().take<U>(scratch_units<U>(a_.D));
@@ -166,7 +166,7 @@ class PairLoop : PairShape {
         src.factor = inv ? inv + g * rows + row : nullptr;
         if (as_a) pack_a(as_a + i * a_block_, src, n, a_.D);
         if (as_bt) pack_b_transposed(as_bt + i * bt_, scratch, src, n, a_.D);
-        if (as_b) pack_b(as_b + i * b_, scratch, src, n, a_.D);
+        if (as_b) pack_b(as_b + i * b, scratch, src, n, a_.D);
       }
     });
   }
@@ -189,11 +189,11 @@ class PairLoop : PairShape {
         const Range part_x{m, std::min(m + kStep, xs.end)}, part_y{n, std::min(n + kStep, ys.end)};
         patch(w, g, part_x, part_y);
         if (Op::kBackward && dx_) {
-          add_products<true>(w, acc_x_ + g * a_.M * width_, part_x, yb_ + g * tiles_y_ * b_, part_y,
-                             add || n > ys.begin);
+          add_products<true>(w, acc_x_ + g * a_.M * width_, part_x, yb_ + g * tiles_y_ * by_, by_,
+                             part_y, add || n > ys.begin);
         }
         if (Op::kBackward && dy_) {
-          add_products<false>(w, acc_y_ + g * a_.N * width_, part_y, xb_ + g * tiles_x_ * b_,
+          add_products<false>(w, acc_y_ + g * a_.N * width_, part_y, xb_ + g * tiles_x_ * bx_, bx_,
                               part_x, add || m > xs.begin);
         }
       }
@@ -213,16 +213,18 @@ class PairLoop : PairShape {
     }
   }
 
-  // Rows `own` of dx = ds . y (kX), or of dy = ds^T . x, over rows `other`, packed in `b`; or more.
+  // Rows `own` of dx = ds . y (kX), or of dy = ds^T . x, over rows `other`, packed in
+  // blocks of `size` units; or added to what they are.
   template <bool kX>
-  void add_products(const Work& w, float* acc, Range own, const U* b, Range other, bool add) const {
+  void add_products(const Work& w, float* acc, Range own, const U* b, int64_t size, Range other,
+                    bool add) const {
     for (int64_t r = own.begin; r < own.end; r += kBlock) {
       Term<U> terms[kPatch];
       int count = 0;
       for (int64_t k = other.begin; k < other.end; k += kBlock, ++count) {
         const int n = static_cast<int>(std::min(kBlock64, other.end - k));
         const int64_t i = (r - own.begin) / kBlock;
-        const BOperand<U> rows = packed_b(b + k / kBlock * b_, n);
+        const BOperand<U> rows = packed_b(b + k / kBlock * size, n);
         terms[count] =
             kX ? rows_term(w.ds[i][count], n, rows) : columns_term(w.ds[count][i], n, rows);
       }
@@ -276,7 +278,7 @@ class PairLoop : PairShape {
   ParallelFor parallel_;
   float *inv_x_, *inv_y_, *acc_x_, *acc_y_;
   U *xa_, *xb_, *yt_, *yb_;  // blocks of x and y: A operand, B operands; xa_ nullptr: x itself
-  int64_t width_, a_block_, bt_, b_;
+  int64_t width_, a_block_, bt_, bx_, by_;  // units of a block
 };
 
 // Runs Op over all tiles, in bf16 products where the machine has them.
