@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 from fusedmm import backends, problem  # noqa: E402
 from fusedmm.backends.native import extension  # noqa: E402
 from fusedmm.backends.triton import _pairs, bi_attention  # noqa: E402
+from fusedmm.ops import pairs  # noqa: E402
 from fusedmm.tuning import lookup  # noqa: E402
 
 # Share of the largest magnitude, at least 1: a few roundings of the stored type.
@@ -212,11 +213,12 @@ def test_losses_in_chunks(op, backend, size, dtype, small_tiles):
 
 
 @on_each_dtype((torch.float32, torch.bfloat16), "contrastive_loss", "sigmoid_loss")
-def test_losses_need_no_room_for_scores(op, backend, dtype):
+def test_losses_need_no_room_for_scores(op, backend, dtype, monkeypatch):
     """At the peak of forward and backward less than half of what s takes."""
     rows = 1536
     tensors = dict(x=randn(rows, 16, seed=1).to(dtype), y=randn(rows, 16, seed=2).to(dtype))
     options = dict(logit_scale=8.0) | (dict(logit_bias=-2.0) if op == "sigmoid_loss" else {})
+    monkeypatch.setattr(pairs, "KEEP_BYTES", 2**17)
     with workspace(backend, 2**17):
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
@@ -240,6 +242,49 @@ def test_losses_of_any_width(op, backend, D, dtype):
 
 
 on_cuda_losses = pytest.mark.skipif("cuda" not in usable("sigmoid_loss"), reason="not built")
+
+
+def products(run):
+    """What `run` returns and how many products it leaves to torch."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = run()
+    names = ("aten::bmm", "aten::baddbmm")  # the virtual GPU calls the CPU's within
+    outermost = (e for e in profile.events() if getattr(e.cpu_parent, "name", "") not in names)
+    return out, sum(e.name in names for e in outermost)
+
+
+@on_cuda_losses
+@pytest.mark.parametrize("rows, kept", [(63, 0), (64, 1), (255, 3), (256, 4), (10**6, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["contrastive_loss", "sigmoid_loss"])
+def test_backward_multiplies_only_what_was_not_kept(op, dtype, rows, kept, monkeypatch):
+    """Room for `rows` products of rows holds `kept` of six chunks: 64, 64 and 22 rows twice."""
+    leaves = [randn(2, 150, 264, seed=i).mul(0.1).to("cuda", dtype) for i in range(2)]
+    leaves = [t.requires_grad_() for t in (*leaves, torch.tensor(8.0, device="cuda"))]
+    options = dict(backend="cuda") | (dict(logit_bias=-2.0) if op == "sigmoid_loss" else {})
+
+    def forward() -> Tensor:
+        return getattr(fusedmm, op)(*leaves, **options)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, leaves, retain_graph=True)
+
+    with workspace("cuda", 1):
+        loss = forward()
+        want = [loss, *backward()]
+        monkeypatch.setattr(pairs, "KEEP_ROWS", 150)
+        monkeypatch.setattr(pairs, "KEEP_BYTES", rows * 4 * 152)
+        loss, count = products(forward)
+        assert count == 6
+        for _ in range(2):
+            grads, count = products(backward)
+            assert count == 3 * 6 - kept
+            for got, w in zip((loss, *grads), want, strict=True):
+                assert torch.equal(got, w)
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            loss = forward()
+        assert torch.cuda.memory_allocated() - before < 4 * 152, "kept without need"
 
 
 @on_cuda_losses
@@ -328,8 +373,11 @@ class Transfers(TorchDispatchMode):
         return within
 
 
-@on_each("bi_attention", "co_attention", "contrastive_loss", "sigmoid_loss")
-def test_nothing_that_a_graph_cannot_capture(op, backend, monkeypatch):
+@on_each_dtype(
+    (torch.float32, torch.bfloat16), "bi_attention", "co_attention", "contrastive_loss",
+    "sigmoid_loss",
+)  # fmt: skip
+def test_nothing_that_a_graph_cannot_capture(op, backend, dtype, monkeypatch):
     """No wait, no copy to or from the host, the same allocations at every call."""
     if op.endswith("attention"):
         tensors = streams(op, 2, 2, 300, 40, 32, 32, 32)
@@ -339,7 +387,8 @@ def test_nothing_that_a_graph_cannot_capture(op, backend, monkeypatch):
         tensors |= dict(logit_scale=torch.tensor(8.0))
         if op == "sigmoid_loss":
             tensors |= dict(logit_bias=torch.tensor(-2.0))
-    leaves = {k: t.cuda().bfloat16().requires_grad_() for k, t in tensors.items()}
+    monkeypatch.setattr(pairs, "KEEP_ROWS", 1)
+    leaves = {k: t.to("cuda", dtype).requires_grad_() for k, t in tensors.items()}
     if not op.endswith("attention"):
         leaves |= {k: t.detach().float().requires_grad_() for k, t in leaves.items() if not t.dim()}
 

@@ -84,5 +84,6 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.attr("archs") = FMM_CUDA_ARCHS;
   m.def("kernels", &kernels);
   m.def("pair_workspace", &fmm::cuda::pair_workspace, pybind11::arg("bytes"),
-        "Sets the bytes that a loss's chunk of scores may take; returns what they were.");
+        "Sets the bytes that a loss's chunk of scores may take, not between a forward and its "
+        "backward; returns what they were.");
 }

@@ -1,10 +1,11 @@
-// contrastive_loss and sigmoid_loss on CUDA tensors. Four products over s in all at least, and
-// nothing waits for the device.
+// contrastive_loss and sigmoid_loss on CUDA tensors. Nothing waits for the device.
 //
 // 16-bit types up to D = 256 are fused: products by tensor cores, a forward kernel, and a backward
-// kernel whose blocks own rows of x or of y. Otherwise chunks of products that fit a workspace come
-// from torch's matrix products, our kernels turn them into statistics or into w = scale * ds,
-// and two more products give dx and dy; chunks add to dy in order.
+// kernel whose blocks own rows of x or of y, five products in all. Otherwise chunks of products
+// that fit a workspace come from torch's matrix products, our kernels turn them into statistics or
+// into w = scale * ds, and two more products give dx and dy; chunks add to dy in order. The forward
+// leaves the products of as many chunks as fit `dots` to its backward: three products for those,
+// four for the rest.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -89,6 +90,7 @@ struct Chunk {
   int64_t g0, g1, m0, m1;
   Scores scores;
   at::Tensor x, y, dots;  // [g, m, D], [g, N, D], stored products [g, m, N]
+  bool kept = false;      // whether `dots` outlives the call
 
   int64_t g() const { return g1 - g0; }
   int64_t m() const { return m1 - m0; }
@@ -110,6 +112,7 @@ struct Call {
   PairKernels kernels;
   at::Tensor scale;  // [G, M], perhaps with stride 0
   at::Tensor bias;   // [1] of sigmoid_loss
+  at::Tensor kept;  // products from forward to backward, rows in the order of G, M; undefined: none
   Indices positives, ids_x, ids_y;
   bool ignore;
 
@@ -121,7 +124,12 @@ struct Call {
     pitch = tiles(N, 8) * 8;
     kernels = of(dtype_of(x), padded_width(D));
     FMM_CHECK(M < (1 << 30) && N < (1 << 30), "too many rows");
-    FMM_CHECK(!dots, "dots: the CUDA kernels keep none");
+    if (dots) {
+      kept = *dots;
+      FMM_CHECK(kept.scalar_type() == at::kFloat && kept.dim() == 1 && kept.is_contiguous(),
+                "dots");
+      FMM_CHECK(kept.device() == x.device(), "dots: device");
+    }
     scale = contiguous_float(logit_scale);
     FMM_CHECK(scale.device() == x.device(), "logit_scale: device");
     if (scale.numel() == 1 && scale.dim() != 2) scale = scale.reshape({1, 1}).expand({G, M});
@@ -177,16 +185,28 @@ struct Call {
     }
   }
 
-  // The same with the products stored.
+  // The same with the products stored, in `room` if not kept; a backward, `again`, finds the kept.
   template <typename Body>
-  void stored_chunks(const Body& body) const {
-    at::Tensor room;
+  void stored_chunks(bool again, at::Tensor& room, const Body& body) const {
+    const int64_t capacity = kept.defined() ? kept.numel() : 0;
     chunks(pitch * sizeof(float), PairTile::kRows, [&](Chunk& c) {
-      if (!room.defined()) room = at::empty({c.g() * c.m() * pitch}, floats());
-      c.dots = view(room, c), c.scores.dots = room.data_ptr<float>();
-      product(c.dots, c.x, c.y.mT(), false);
+      const int64_t first = (c.g0 * M + c.m0) * pitch, size = c.g() * c.m() * pitch;
+      c.kept = first + size <= capacity;
+      c.dots = c.kept ? view(kept.narrow(0, first, size), c) : scratch(room, c, at::kFloat);
+      c.scores.dots = c.dots.data_ptr<float>();
+      if (!(c.kept && again)) product(c.dots, c.x, c.y.mT(), false);
+      if (c.kept && !again) {  // an output of the op: its padding is not read, but defined
+        kept.narrow(0, first, size).view({-1, pitch}).narrow(1, N, pitch - N).zero_();
+      }
       body(c);
     });
+  }
+
+  // A chunk's [g, m, N] in `room`, which grows to the largest chunk.
+  at::Tensor scratch(at::Tensor& room, const Chunk& c, at::ScalarType type) const {
+    const int64_t size = c.g() * c.m() * pitch;
+    if (!room.defined() || room.numel() < size) room = at::empty({size}, floats().dtype(type));
+    return view(room, c);
   }
 
   // A chunk's [g, m, N] in a buffer whose rows are `pitch` long.
@@ -297,14 +317,12 @@ struct Backward {
   void stored(at::Tensor& dx, at::Tensor& dy, at::Tensor& sums) const {
     const bool products = needs[0] || needs[1], narrow = call.x.raw.scalar_type() != at::kFloat;
     const Kernel& k = call.kernels.stored_bwd;
-    at::Tensor room;
+    at::Tensor room[2];  // fp32, narrow
     if (needs[0]) dx = call.x.wide();
     if (needs[1]) dy = call.y.wide();
-    call.stored_chunks([&](const Chunk& c) {
-      if (products && narrow && !room.defined()) {
-        room = at::empty({c.g() * c.m() * call.pitch}, call.x.raw.options());
-      }
-      const at::Tensor w = narrow && products ? call.view(room, c) : c.dots;
+    call.stored_chunks(true, room[0], [&](const Chunk& c) {
+      const bool apart = products && (narrow || c.kept);  // another backward may read the kept
+      const at::Tensor w = apart ? call.scratch(room[narrow], c, call.x.raw.scalar_type()) : c.dots;
       const int64_t parts = tiles(call.N, k.cols);
       const at::Tensor part = at::empty({parts, call.kernels.sums, c.g(), c.m()}, call.floats());
       const auto moved = [&](const Facts& f, int64_t first) {
@@ -345,7 +363,8 @@ void forward(const Call& call, int64_t stats, bool want_x, bool want_y, const Me
   };
   // A row's share of the parts of its tile, where a row of products is not kept.
   const int64_t bytes = want_y ? tiles(call.N * stats * int64_t{sizeof(float)}, k.rows) : 1;
-  fused ? call.chunks(bytes, k.rows, body) : call.stored_chunks(body);
+  at::Tensor room;
+  fused ? call.chunks(bytes, k.rows, body) : call.stored_chunks(false, room, body);
 }
 
 // Merges the parts of a chunk into the statistics [6, G, L], whose row `first` of problem g0 is the

@@ -55,8 +55,8 @@ def contrastive_loss(
             averaged over ranks are those of one process. reduction="none" gives this rank's rows.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the first that accepts.
     Returns: scalar fp32 in nats, or (loss_x [..., M], loss_y [..., N]) with reduction="none".
-    Memory: O((M + N) * D). The cpu backend also keeps raw products for a backward, 64 MiB of them
-        at most, where M, N >= 1024 and D >= 512.
+    Memory: O((M + N) * D). The native backends also keep raw products for a backward, 64 MiB of
+        them at most, where M, N >= 1024: cpu if D >= 512, cuda in fp32 or if D > 256.
     Raises: ValueError, bad shape, dtype or device. TypeError, not a floating tensor.
         NotImplementedError, no backend can run it.
     Source: InfoNCE, arXiv:1807.03748; CLIP, arXiv:2103.00020.
@@ -157,7 +157,7 @@ def _fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     pairs.check_positives(*pairs.range_of(positives), y.shape[1])
     module = backends.load(backend, "contrastive_loss")
-    dots = module.kept_dots(keep) if keep else x.new_empty((0,), dtype=torch.float32)
+    dots = module.kept_dots(keep, x) if keep else x.new_empty((0,), dtype=torch.float32)
     if exclude_self:
         self_similarity.check_mutual(positives)
         stats_x = self_similarity.fwd(module, x, logit_scale, positives, ids_x, ignore, normalize)

@@ -12,8 +12,11 @@ from torch import Tensor
 from .. import check
 
 TILE = 96  # rows and columns of the cpu kernels' tiles
+CHUNK = 64  # rows that a chunk of the cuda kernels has at least: PairTile's, csrc/cuda/tuning.h
 KEEP_BYTES = 64 << 20  # of raw products kept for a backward
-KEEP_WIDTH, KEEP_ROWS = 512, 1024  # D, M and N from which on they are kept
+KEEP_ROWS = 1024  # M and N from which on they are kept
+KEEP_WIDTH = 512  # D from which on the cpu kernels keep them
+FUSED_WIDTH = 256  # D up to which the cuda kernels store no product of 16-bit types
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
@@ -61,15 +64,21 @@ def coefficients(
 def kept_dots(name: str, asked, *inputs: Tensor) -> int:
     """How many raw products backend `name` leaves for the backward instead of computing them again.
 
-    The cpu kernels keep whole tiles, KEEP_BYTES at most, where reading a product costs less than D
-    multiplications; nothing if no input requires a gradient.
+    KEEP_BYTES at most: the cpu kernels whole tiles, where reading a product costs less than D
+    multiplications; the cuda kernels rows, of which they use whole chunks, where products pass
+    through memory anyway. Nothing if no input requires a gradient.
     """
-    if name != "cpu" or asked.D < KEEP_WIDTH or min(asked.M, asked.N) < KEEP_ROWS:
+    if min(asked.M, asked.N) < KEEP_ROWS:
         return 0
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         return 0
-    tiles = asked.G * -(-asked.M // TILE) * -(-asked.N // TILE)
-    return TILE * TILE * min(tiles, KEEP_BYTES // (4 * TILE * TILE))
+    if name == "cpu" and asked.D >= KEEP_WIDTH:
+        count, size, whole = asked.G * -(-asked.M // TILE) * -(-asked.N // TILE), TILE * TILE, 1
+    elif name == "cuda" and (asked.dtype == torch.float32 or asked.D > FUSED_WIDTH):
+        count, size, whole = asked.G * asked.M, 8 * -(-asked.N // 8), CHUNK
+    else:
+        return 0
+    return size * min(count, KEEP_BYTES // (4 * size * whole) * whole)
 
 
 def given(dots: Tensor) -> tuple[Tensor, ...]:

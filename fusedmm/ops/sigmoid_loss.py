@@ -43,8 +43,8 @@ def sigmoid_loss(
             one process. reduction="none" gives this rank's rows.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the first that accepts.
     Returns: scalar fp32 in nats per row, or the sum of each row [..., M] with reduction="none".
-    Memory: O((M + N) * D). The cpu backend also keeps raw products for a backward, 64 MiB of them
-        at most, where M, N >= 1024 and D >= 512.
+    Memory: O((M + N) * D). The native backends also keep raw products for a backward, 64 MiB of
+        them at most, where M, N >= 1024: cpu if D >= 512, cuda in fp32 or if D > 256.
     Raises: ValueError, bad shape, dtype or device. TypeError, not a floating tensor.
         NotImplementedError, no backend can run it.
     Source: SigLIP, arXiv:2303.15343.
@@ -107,7 +107,7 @@ def _fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     module = backends.load(backend, "sigmoid_loss")
-    dots = module.kept_dots(keep) if keep else x.new_empty((0,), dtype=torch.float32)
+    dots = module.kept_dots(keep, x) if keep else x.new_empty((0,), dtype=torch.float32)
     loss = module.fwd(
         x, y, logit_scale, logit_bias, positives, ids_x, ids_y, normalize, *pairs.given(dots)
     )

@@ -28,6 +28,6 @@ def coefficients(stats, dloss, label_smoothing):
     return extension.ops.contrastive_rows(stats, dloss, label_smoothing)
 
 
-def kept_dots(n: int):
+def kept_dots(n: int, like):
     """Room for raw products, the last argument of fwd and bwd."""
-    return extension.kept_dots(n)
+    return extension.kept_dots(n, like)

@@ -41,9 +41,10 @@ def reject(problem) -> list[str]:
     return []
 
 
-def kept_dots(n: int) -> torch.Tensor:
-    """fp32 [n], not written: where a loss's forward leaves raw products for its backward."""
-    return ops.kept_dots(n)
+def kept_dots(n: int, like: torch.Tensor) -> torch.Tensor:
+    """fp32 [n] on like's device, not written: where a loss's forward leaves raw products for its
+    backward."""
+    return like.new_empty((n,), dtype=torch.float32) if like.is_cuda else ops.kept_dots(n)
 
 
 def reject_attention(problem) -> list[str]:

@@ -18,6 +18,6 @@ def bwd(*args):
     return extension.ops.sigmoid_loss_bwd(*args)
 
 
-def kept_dots(n: int):
+def kept_dots(n: int, like):
     """Room for raw products, the last argument of fwd and bwd."""
-    return extension.kept_dots(n)
+    return extension.kept_dots(n, like)
