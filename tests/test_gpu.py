@@ -56,6 +56,9 @@ def on_each_dtype(dtypes: tuple[torch.dtype, ...], *ops: str):
     return pytest.mark.parametrize("op, backend, dtype", cells)
 
 
+on_cuda = pytest.mark.skipif("cuda" not in usable("sigmoid_loss"), reason="not built")
+
+
 def outcome(op, tensors, options, backend: str, device: str, dtype) -> list[Tensor]:
     """Outputs, then the gradients of every tensor, on the CPU in fp64."""
     leaves = [t.to(device, dtype).requires_grad_() for t in tensors.values()]
@@ -165,6 +168,14 @@ def test_tiles_of_a_full_device(op, backend, dtype, monkeypatch):
     check(op, backend, streams(op, 1, 1, 300, 280, 64, 64, 64), dict(return_lse=True), dtype)
 
 
+@on_cuda
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("op", ["bi_attention", "co_attention"])
+def test_blocks_for_every_multiprocessor(op, D):
+    """The compiled kernels' taller tiles, on a device of up to 132; they end beyond the rows."""
+    check(op, "cuda", streams(op, 1, 66, 128, 130, D, D, D), {}, torch.bfloat16)
+
+
 @pytest.mark.parametrize("sizes", [(150, 100), (150, 140)], ids=["resident", "long"])
 @on_each("bi_attention")
 def test_devices_with_less_shared_memory(op, backend, sizes, monkeypatch):
@@ -241,9 +252,6 @@ def test_losses_of_any_width(op, backend, D, dtype):
     check(op, backend, tensors, options, dtype)
 
 
-on_cuda_losses = pytest.mark.skipif("cuda" not in usable("sigmoid_loss"), reason="not built")
-
-
 def products(run):
     """What `run` returns and how many products it leaves to torch."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -253,7 +261,7 @@ def products(run):
     return out, sum(e.name in names for e in outermost)
 
 
-@on_cuda_losses
+@on_cuda
 @pytest.mark.parametrize("rows, kept", [(63, 0), (64, 1), (255, 3), (256, 4), (10**6, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", ["contrastive_loss", "sigmoid_loss"])
@@ -287,7 +295,7 @@ def test_backward_multiplies_only_what_was_not_kept(op, dtype, rows, kept, monke
         assert torch.cuda.memory_allocated() - before < 4 * 152, "kept without need"
 
 
-@on_cuda_losses
+@on_cuda
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -317,7 +325,7 @@ def test_wrong_calls_of_the_raw_losses_are_refused(change, message):
         ops.sigmoid_loss_fwd(*scores, bias, *named.values(), True)
 
 
-@on_cuda_losses
+@on_cuda
 def test_losses_without_memory_leave_torch_usable():
     """In the middle of forward, and of backward; afterwards the same call succeeds."""
     x, y = (randn(64, 100_000, seed=i).half().cuda().requires_grad_() for i in range(2))

@@ -22,10 +22,12 @@ struct RowStats {
   __device__ RowStats(const Stream& a, const Keep& keys, int head, int row0, float centre,
                       int heads) {
     const int lane = threadIdx.x % 32;
-    far = a.stats.far[head * (a.stats.padded >> 4) + (row0 >> 4)];
-    read(hi, kHi, a, head, row0, heads), read(lo, kLo, a, head, row0, heads);
-    read(up, kUp, a, head, row0, heads), read(down, kDown, a, head, row0, heads);
-    read(delta, kDelta, a, head, row0, heads);
+    // A tall tile may end beyond the padding; what its last warps read is not used.
+    const int from = min(row0, static_cast<int>(a.stats.padded) - 16);
+    far = a.stats.far[head * (a.stats.padded >> 4) + (from >> 4)];
+    read(hi, kHi, a, head, from, heads), read(lo, kLo, a, head, from, heads);
+    read(up, kUp, a, head, from, heads), read(down, kDown, a, head, from, heads);
+    read(delta, kDelta, a, head, from, heads);
     kept = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
