@@ -3,6 +3,8 @@ what the compiler made of the kernels.
 """
 
 import os
+import subprocess
+import sys
 
 import harness
 import pytest
@@ -79,6 +81,16 @@ def test_wrong_calls_of_the_raw_op_are_refused(change, message):
     with pytest.raises(RuntimeError, match=message):
         call(*named.values())
     call(*inputs())  # and the context lives
+
+
+@pytest.mark.skipif(os.environ.get("VGPU_ARCH") != "80", reason="once, on the virtual GPU")
+def test_devices_of_99_kib_take_smaller_tiles():
+    """sm_86, where a launch that asks for more fails; results are right there."""
+    tests = "multiprocessor or cuda and nothing_at_all"
+    pytest_ = ["pytest", "-q", "tests/test_gpu.py", "-k", tests, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "vgpu", "run", "--arch", "86", "--", sys.executable, "-m"]
+    r = subprocess.run([*command, *pytest_], capture_output=True, text=True)
+    assert r.returncode == 0 and "sm_86" in r.stdout, r.stdout + r.stderr
 
 
 def test_out_of_memory_leaves_torch_usable():

@@ -54,7 +54,7 @@ def _lib() -> ctypes.CDLL:
 
 
 def arch() -> int:
-    """80 or 90."""
+    """80, 86 or 90."""
     return int(os.environ.get("VGPU_ARCH", "80"))
 
 

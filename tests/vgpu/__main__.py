@@ -1,5 +1,5 @@
 """python -m vgpu build
-python -m vgpu run [--arch 80|90] [--seed N] [--checks LIST] [--strict] [--mem MB] -- COMMAND
+python -m vgpu run [--arch 80|86|90] [--seed N] [--checks LIST] [--strict] [--mem MB] -- COMMAND
 python -m vgpu test [--arch N] [--seed N] [--full] -- [PYTEST ARGUMENTS]
 """
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_parser("build", help="compile the libraries")
     r = sub.add_parser("run", help="run a command on the virtual device")
     arch = int(os.environ.get("VGPU_ARCH", "80"))
-    r.add_argument("--arch", type=int, choices=(80, 90), default=arch)
+    r.add_argument("--arch", type=int, choices=(80, 86, 90), default=arch)
     r.add_argument("--seed", type=int, default=0, help="warp scheduling seed")
     r.add_argument("--checks", default="all", help="all (race, init), none, or race,init,lanes")
     r.add_argument("--strict", action="store_true", help="one guarded allocation per tensor")

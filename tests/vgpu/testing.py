@@ -30,7 +30,9 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         epilog="After --: arguments of pytest; without a path, the whole of tests/.",
     )
-    p.add_argument("--arch", type=int, choices=(80, 90), action="append", help="default: both")
+    p.add_argument(
+        "--arch", type=int, choices=(80, 86, 90), action="append", help="default: 80, 90"
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--checks", default="all")
     p.add_argument("--virtual", action="store_true", help="even if there is a real GPU")

@@ -77,15 +77,18 @@ double now_ms() {
 }
 
 const Arch& arch() {
-  static const Arch a80{
-      80, 108, 164 * 1024, 163 * 1024, 40u << 20, 32, "vgpu sm_80 (PTX simulator, not hardware)"};
-  static const Arch a90{
-      90, 132, 228 * 1024, 227 * 1024, 50u << 20, 32, "vgpu sm_90 (PTX simulator, not hardware)"};
+  static const Arch all[] = {
+      {80, 108, 164 << 10, 163 << 10, 40u << 20, 32, 64,
+       "vgpu sm_80 (PTX simulator, not hardware)"},
+      {86, 84, 100 << 10, 99 << 10, 6u << 20, 16, 48, "vgpu sm_86 (PTX simulator, not hardware)"},
+      {90, 132, 228 << 10, 227 << 10, 50u << 20, 32, 64,
+       "vgpu sm_90 (PTX simulator, not hardware)"},
+  };
   static const Arch& a = [&]() -> const Arch& {
     const char* v = env("VGPU_ARCH", "80");
-    if (!strcmp(v, "80")) return a80;
-    if (!strcmp(v, "90")) return a90;
-    note("VGPU_ARCH=%s: only 80 and 90 are known", v);
+    for (const Arch& one : all)
+      if (std::to_string(one.sm) == v) return one;
+    note("VGPU_ARCH=%s: only 80, 86 and 90 are known", v);
     abort();
   }();
   return a;
@@ -846,7 +849,7 @@ int occupancy(Kernel* k, int threads, size_t dyn) {
   if (threads <= 0 || threads > 1024) return 0;
   kernel_resources(k);
   int warps = (threads + 31) / 32, n = a.max_blocks_sm;
-  n = std::min(n, 64 / warps);
+  n = std::min(n, a.max_warps_sm / warps);
   int regs = std::max(k->regs, 1);
   int per_warp = (regs * 32 + 255) / 256 * 256;
   n = std::min(n, 65536 / 4 / per_warp * 4 / warps);

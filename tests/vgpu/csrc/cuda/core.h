@@ -20,7 +20,7 @@ struct Arch {
   int sm;
   int sms;
   size_t smem_sm, smem_optin, l2;
-  int max_blocks_sm;
+  int max_blocks_sm, max_warps_sm;
   const char* name;
 };
 const Arch& arch();

@@ -414,7 +414,7 @@ int device_attr(int a, int* v) {
       r = A.l2;
       break;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
-      r = 2048;
+      r = 32 * A.max_warps_sm;
       break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       r = A.smem_sm;
@@ -477,7 +477,7 @@ API E cudaGetDeviceProperties(cudaDeviceProp* p, int d) {
   p->unifiedAddressing = 1;
   p->memoryBusWidth = 5120;
   p->l2CacheSize = A.l2;
-  p->maxThreadsPerMultiProcessor = 2048;
+  p->maxThreadsPerMultiProcessor = 32 * A.max_warps_sm;
   p->streamPrioritiesSupported = 1;
   p->globalL1CacheSupported = p->localL1CacheSupported = 1;
   p->sharedMemPerMultiprocessor = A.smem_sm;
