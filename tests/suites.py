@@ -223,6 +223,24 @@ class AttentionSuite(OpSuite):
             for name, grad in zip(case.tensors, grads, strict=True):
                 assert name.startswith("v") or grad is None or not grad.any(), name
 
+    @pytest.mark.parametrize("sizes", [(3, 261), (133, 261)], ids=str)
+    def test_one_key_of_many_takes_no_gradient(self, backend, device, dtype, sizes):
+        """Where all others underflow, dp and its correction are the same product of do and v."""
+        if backend != "cpu":
+            pytest.skip("rowsum(do * o) and do * v are summed in different orders there")
+        shape = AttentionShape(2, 2, *sizes, 96, 100)
+        case = self.case(shape, dtype, device=device, return_lse=False, mask=False)
+        queries, keys = list(case.tensors)[0], list(case.tensors)[1 if "bi" in self.op else 4]
+        tensors = {k: t.clone() for k, t in case.tensors.items()}
+        tensors[queries].fill_(4.0)
+        tensors[keys][..., 130, :] = 40.0
+        case = case.replace(**tensors).leaves()
+        out = fused(case, backend)[0]
+        leaves = list(case.tensors.values())
+        grads = torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
+        for name, grad in zip(case.tensors, grads, strict=True):
+            assert name.startswith("v") or grad is None or not grad.any(), name
+
     def test_one_key_hides_the_rest(self, backend, device):
         """A maximum in the first, a middle or the last tile; the others underflow."""
         shape = AttentionShape(1, 1, 259, 259, 32, 32)

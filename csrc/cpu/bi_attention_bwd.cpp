@@ -95,11 +95,11 @@ class Backward : Tiles {
   };
 
   struct Work : Common {
-    U *q, *d_o, *v, *q_b, *do_b, *column, *scratch;  // of x: A operands, then B operands
-    float *dq, *dv;                                  // of the rows at hand
-    float *chunk_dq, *chunk_dv;                      // sums over heads are kept for the whole chunk
-    float *all_s, *all_dpr;                          // tiles of the rows at hand, with sum_heads
-    float *dpr, *dpc, *delta_x, *delta_y, *floats;
+    U *q, *d_o, *v, *q_b, *do_b, *column, *scratch, *pairs;  // of x: A operands, then B operands
+    float *dq, *dv;                                          // of the rows at hand
+    float *chunk_dq, *chunk_dv;  // sums over heads are kept for the whole chunk
+    float *all_s, *all_dpr;      // tiles of the rows at hand, with sum_heads
+    float *dpr, *dpc, *delta_x, *delta_y;
     float *lse_x, *low_x, *lse_y, *low_y;  // in scores, high and low
     PTile<U> p_row, p_column, ds;
     alignas(64) float column_lse[kBlock], column_low[kBlock], column_delta[kBlock];
@@ -117,7 +117,7 @@ class Backward : Tiles {
     w.do_b = arena.take<U>(blocks * dob_);
     w.column = arena.take<U>((stay_ ? tiles_ : 1) * columns_.size());
     w.scratch = arena.take<U>(scratch_units<U>(widest));
-    w.floats = arena.take<float>(2 * widest);
+    w.pairs = arena.take<U>(row_deltas_units<U>(std::max(a_.Dv_x, a_.Dv_y)));
     const int64_t rows = summed_ ? deal_.chunk_rows : super_;
     w.chunk_dq = arena.take<float>(rows * width_);
     w.chunk_dv = one_dx() ? w.chunk_dq : arena.take<float>(rows * width_x_);
@@ -173,8 +173,10 @@ class Backward : Tiles {
     for (int64_t i = 0; i < rows; ++i) {
       const Lse2 lse = split_lse(g_.lse_x[row + i], rule_.unit);
       w.lse_x[i] = lse.high, w.low_x[i] = lse.low;
-      w.delta_x[i] = from_tiles_x_ ? -g_.dlse_x[row + i]
-                                   : row_delta(d_o, o, g_.dlse_x + row, i, a_.Dv_y, w.floats);
+      w.delta_x[i] = -g_.dlse_x[row + i];
+    }
+    if (!from_tiles_x_) {
+      row_deltas(w.delta_x, d_o, o, g_.dlse_x + row, rows, a_.Dv_y, w.pairs, w.scratch);
     }
     if (a_.N > 0 || !first_head(t)) return;
     std::fill(w.dq, w.dq + rows * width_, 0.0f);
@@ -195,8 +197,10 @@ class Backward : Tiles {
     for (int64_t n = 0; n < a_.N; ++n) {
       const Lse2 lse = split_lse(g_.lse_y[bh * a_.N + n], rule_.unit);
       w.lse_y[n] = lse.high, w.low_y[n] = lse.low;
-      w.delta_y[n] = from_tiles_y_ ? -g_.dlse_y[bh * a_.N + n]
-                                   : row_delta(d_o, o, g_.dlse_y + bh * a_.N, n, a_.Dv_x, w.floats);
+      w.delta_y[n] = -g_.dlse_y[bh * a_.N + n];
+    }
+    if (!from_tiles_y_) {
+      row_deltas(w.delta_y, d_o, o, g_.dlse_y + bh * a_.N, a_.N, a_.Dv_x, w.pairs, w.scratch);
     }
     for (int64_t m0 = begin; m0 < end; m0 += super_) {
       const int64_t rows = std::min(super_, end - m0), at = summed_ ? m0 - begin : 0;

@@ -280,8 +280,8 @@ class Backward : Side {
 
  private:
   struct Work : Common {
-    U *q, *d_o, *q_b, *do_b, *column, *scratch;
-    float *dq, *dp, *lse, *low, *delta, *floats;  // lse in scores, high and low
+    U *q, *d_o, *q_b, *do_b, *column, *scratch, *pairs;
+    float *dq, *dp, *lse, *low, *delta;  // lse in scores, high and low
     PTile<U> p, ds;
   };
 
@@ -294,7 +294,7 @@ class Backward : Side {
     w.do_b = arena.take<U>(blocks * dob_);
     w.column = arena.take<U>((stay_ ? tiles_ : 1) * (kt_ + vt_ + k_));
     w.scratch = arena.take<U>(scratch_units<U>(widest));
-    w.floats = arena.take<float>(2 * widest);
+    w.pairs = arena.take<U>(row_deltas_units<U>(s_.Dv));
     w.dq = arena.take<float>(super_ * width_);
     w.dp = arena.take<float>(kBlock * kBlock);
     w.lse = arena.take<float>(super_);
@@ -324,8 +324,9 @@ class Backward : Side {
     for (int64_t i = 0; i < rows; ++i) {
       const Lse2 lse = split_lse(g_.lse[row + i], rule_.unit);
       w.lse[i] = lse.high, w.low[i] = lse.low;
-      w.delta[i] = near_ ? -g_.dlse[row + i] : row_delta(d_o, o, g_.dlse + row, i, s_.Dv, w.floats);
+      w.delta[i] = -g_.dlse[row + i];
     }
+    if (!near_) row_deltas(w.delta, d_o, o, g_.dlse + row, rows, s_.Dv, w.pairs, w.scratch);
     if (s_.N == 0) std::fill(w.dq, w.dq + rows * width_, 0.0f);  // else by the first columns
   }
 

@@ -184,12 +184,36 @@ FMM_INLINE float dot_product(const float* a, const float* b, int64_t n) {
   return r;
 }
 
-// delta = rowsum(d_o * o) - dlse, of one row; scratch holds 2 * width floats.
-inline float row_delta(const RowSource& d_o, const RowSource& o, const float* dlse, int64_t i,
-                       int64_t width, float* scratch) {
-  read_row(scratch, d_o, i, width);
-  read_row(scratch + width, o, i, width);
-  return dot_product(scratch, scratch + width, width) - dlse[i];
+// Units that row_deltas works in, beside the scratch of the packs.
+template <class U>
+FMM_INLINE int64_t row_deltas_units(int64_t width) {
+  return 2 * bt_units<U>(kPanel, width);
+}
+
+// delta = rowsum(d_o * o) - dlse of n rows, each summed in the order of a product with the values:
+// where one key takes all of a row, o is its value and dp - delta is exactly 0.
+template <class U>
+void row_deltas(float* delta, const RowSource& d_o, const RowSource& o, const float* dlse,
+                int64_t n, int64_t width, U* room, U* scratch) {
+  const int64_t k = units<U>(width);
+  U *left = room, *right = room + k * kPanel;
+  for (int64_t r = 0; r < n; r += kPanel) {
+    const int64_t rows = std::min<int64_t>(kPanel, n - r);
+    RowSource part[2] = {d_o, o};
+    for (RowSource& source : part) source.data = static_cast<const char*>(source.row(r));
+    pack_b_transposed(left, scratch, part[0], rows, width);
+    pack_b_transposed(right, scratch, part[1], rows, width);
+    Vec sums[2] = {};
+    for (int64_t i = 0; i < k; ++i) {
+      for (int v = 0; v < 2; ++v) {
+        const int64_t at = i * kPanel + v * kLanes;
+        sums[v] = dot_lanes<U>(sums[v], load(left + at), load(right + at));
+      }
+    }
+    for (int64_t j = 0; j < rows; ++j) {
+      delta[r + j] = sums[j / kLanes][j % kLanes] - dlse[r + j];
+    }
+  }
 }
 
 }  // namespace fmm::cpu::FMM_ISA

@@ -117,6 +117,16 @@ FMM_INLINE Vec dot(Vec acc, Bf2 a, Vec b) {
   return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)wide, (__m512bh)b);
 }
 #endif
+// The same where a is a vector of units as well.
+template <class U>
+FMM_INLINE Vec dot_lanes(Vec acc, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPerUnit<U> == 2) {
+    return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  }
+#endif
+  return acc + a * b;
+}
 
 // 2^t to 1.2e-7 relative, 0 below 2^-126 (also for -inf), NaN for NaN; t <= 127.
 // Degree-5 minimax polynomial of 2^f on [-1/2, 1/2], fitted with p(0) = 1.
