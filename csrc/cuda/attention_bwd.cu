@@ -12,21 +12,6 @@ namespace {
 constexpr int kLanes = 8;             // a row of delta_kernel
 constexpr int kAtOnce = 32 / kLanes;  // rows a warp reads at once
 
-// sum[i] over the lanes of a row, on its lane i.
-__device__ inline float sum_rows(float (&sum)[kLanes]) {
-  const int lane = threadIdx.x % kLanes;
-#pragma unroll
-  for (int k = kLanes / 2; k > 0; k /= 2) {
-#pragma unroll
-    for (int i = 0; i < k; ++i) {
-      const bool upper = lane & k;
-      const float mine = upper ? sum[i + k] : sum[i], theirs = upper ? sum[i] : sum[i + k];
-      sum[i] = mine + __shfl_xor_sync(~0u, theirs, k);
-    }
-  }
-  return sum[0];
-}
-
 // rowsum(g * o) of row `first` + kAtOnce * (lane % kLanes) + lane / kLanes, 0 past the end.
 template <typename T>
 __device__ inline float dot_rows(const Matrix<T>& o, const Matrix<T>& g, int first) {
@@ -57,7 +42,8 @@ __device__ inline float dot_rows(const Matrix<T>& o, const Matrix<T>& g, int fir
       }
     }
   }
-  return sum_rows(sum);
+  sum_across<kLanes, 1>(sum);
+  return sum[0];
 }
 
 // Statistics of kStatRows rows of pair[.].a a block, one a lane, see Stats; rows past the end get

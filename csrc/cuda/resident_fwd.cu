@@ -111,10 +111,10 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   for (int n = threadIdx.x; n < kCols; n += S::kThreads) state.ref[n] = -kInf;
   const Lanes<Tile<T, kWidth>> lanes(kCols < 128);
   const Lanes<Tile<T, kCols, true>> lanes_p;
-  float acc[kMC][kDC][4], total[kNT][2], top = 0.0f;
+  float acc[kMC][kDC][4], total[2 * kNT], top = 0.0f;
   clear(acc);
 #pragma unroll
-  for (int i = 0; i < 2 * kNT; ++i) total[i / 2][i % 2] = 0.0f;
+  for (int i = 0; i < 2 * kNT; ++i) total[i] = 0.0f;
   bool stale = true;
   __syncthreads();  // orders the writes of `walked` before their reads
 
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
     const Tile<T, kWidth> qk_a{L::stage(base, stage)}, v_a{qk_a.base + L::kA};
     const int m0 = start + j * S::kRows, row = m0 + row0 + lane / 4;
-    const ColumnBits<kNT> kept(keep_b, 0, other.rows);
+    const ColumnBits<kNT> kept(keep_b, 0, keep_b.data ? other.rows : kCols);  // s: -inf past rows
     const Keep& keys = walked[1].keep;
     const bool keep[2] = {row < a.rows && keys.at(row), row + 8 < a.rows && keys.at(row + 8)};
     float s[1][kNT][4], u[2], part[kNT][2];
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         }
 #pragma unroll
         for (int i = 0; i < kNT * 2; ++i) {
-          total[i / 2][i % 2] *= state.alpha[i / 2 * 8 + lane % 4 * 2 + i % 2];
+          total[i] *= state.alpha[i / 2 * 8 + lane % 4 * 2 + i % 2];
         }
         stale = !near;
       }
@@ -251,12 +251,13 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
           if (!keep[i % 4 / 2]) s[0][i / 4][i % 4] = 0.0f;  // also where it is not a number
         }
       }
+      float most = 0.0f;
 #pragma unroll
       for (int i = 0; i < 2 * kNT; ++i) {
         part[i / 2][i % 2] = s[0][i / 2][i % 2] + s[0][i / 2][i % 2 + 2];
-        over = over || part[i / 2][i % 2] > 2048.0f;
+        most = fmaxf(most, part[i / 2][i % 2]);
       }
-      over = over && !again;
+      over = (over || most > 2048.0f) && !again;
       if (all.dropout.on) {
         uint64_t on[1];
         drop_bits<1, kNT>(on, all.dropout, pair.drop_b, pair.flip, head, m0 + row0, 0);
@@ -266,17 +267,20 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       again = __syncthreads_or(over);  // and orders the writes of p_col before its reads
     } while (again);
 #pragma unroll
-    for (int i = 0; i < 2 * kNT; ++i) total[i / 2][i % 2] += part[i / 2][i % 2];
+    for (int i = 0; i < 2 * kNT; ++i) total[i] += part[i / 2][i % 2];
     dot_trans<S::kRows>(acc, p_col, group0, v_a, col0, end - m0, lanes_p, lanes);
   });
 
   __syncthreads();  // orders the last reads of shared memory before its next use
+  sum_across<8, 4>(total);
+  if constexpr (kNT == 4) {
+    state.most[warp][lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2] = total[0];
+  } else {
 #pragma unroll
-  for (int i = 0; i < 2 * kNT; ++i) {
-    float x = total[i / 2][i % 2];
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
-    if (lane < 4) state.most[warp][i / 2 * 8 + lane * 2 + i % 2] = x;
+    for (int i = 0; i < kNT / 8; ++i) {
+      float* to = &state.most[warp][(lane / 4 * (kNT / 8) + i) * 8 + lane % 4 * 2];
+      *reinterpret_cast<float2*>(to) = make_float2(total[2 * i], total[2 * i + 1]);
+    }
   }
   __syncthreads();  // orders the warps' sums before their joint ones
   for (int n = threadIdx.x; n < kCols; n += S::kThreads) {

@@ -35,6 +35,23 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// x[i] summed over kLanes lanes kStep apart; their lane j gets the sums from j * kN / kLanes on, in
+// x[0] and up.
+template <int kLanes, int kStep, int kN, int kLive = kN>
+__device__ inline void sum_across(float (&x)[kN]) {
+  static_assert(kLive % kLanes == 0);
+  if constexpr (kLanes > 1) {
+    constexpr int kHalf = kLive / 2, kFar = kLanes / 2 * kStep;
+    const bool upper = threadIdx.x & kFar;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float mine = upper ? x[i + kHalf] : x[i], theirs = upper ? x[i] : x[i + kHalf];
+      x[i] = mine + __shfl_xor_sync(~0u, theirs, kFar);
+    }
+    sum_across<kLanes / 2, kStep, kN, kHalf>(x);
+  }
+}
+
 // Multiplier that turns raw scores into exponents of 2.
 __device__ inline float unit_of(const Pair& p) { return p.plain ? p.scale * kLog2e : kLog2e; }
 

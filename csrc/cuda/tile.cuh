@@ -128,8 +128,10 @@ struct Spot {
 
 // Copies `bytes` of 16 and fills the rest with zeros; with 0 bytes `from` is not read, and may lie
 // past the tensor.
+template <int kFar = 0>
 __device__ inline void cp_async16(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes),
+               "n"(kFar)
                : "memory");
 }
 template <int kFar>
@@ -276,6 +278,14 @@ __device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int r
   from += col * m.stride_d;
   const int inside = max(0, min(Dst::kPer16, m.width - col));
   const int bytes = inside * static_cast<int>(sizeof(T)), left = m.rows - row0 - first;
+  if (kRowsAtOnce % 8 == 0 && m.vectors && m.keep.data == nullptr) {
+    const uint32_t to = tile.address(first, col);
+    unroll<kRows / kRowsAtOnce>([&](auto i) {
+      cp_async16<i * kRowsAtOnce * Dst::kRowBytes>(to, from, i * kRowsAtOnce < left ? bytes : 0);
+      from += step;
+    });
+    return;
+  }
 #pragma unroll 1
   for (int r = 0; r < kRows; r += kRowsAtOnce) {
     const bool on = r < left && m.keep.at(row0 + first + r);
