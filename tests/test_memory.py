@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-import fusedmm
+from fusedmm.backends.native import extension
 from fusedmm.testing import POSITIONAL
 
 PROBE = pathlib.Path(__file__).with_name("memory_probe.py")
@@ -124,8 +124,7 @@ def _advised(data: int) -> bool:
 @pytest.mark.skipif(
     not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here"
 )
-def test_large_results_ask_for_huge_pages():
-    """A result of 8 MiB, past its first 2 MiB."""
-    x, y = torch.randn(1, 1, 8192, 256), torch.randn(1, 1, 1, 256)
-    o_x, _ = fusedmm.bi_attention(x, y, x, y, backend="cpu")
-    assert _advised(o_x.data_ptr() + (4 << 20))
+def test_large_workspaces_ask_for_huge_pages():
+    """Products kept from a forward to its backward, 8 MiB of them, past the first 2 MiB."""
+    kept = extension.kept_dots(96 * 96 * 228, torch.empty(0))
+    assert _advised(kept.data_ptr() + (4 << 20))

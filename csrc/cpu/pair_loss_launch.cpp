@@ -5,6 +5,7 @@
 #include <new>
 
 #include "../ops.h"
+#include "huge_pages.h"
 #include "launch.h"
 
 namespace fmm::cpu {
@@ -45,7 +46,7 @@ class Results {
   explicit Results(at::ArrayRef<bool> needs) : needs_(needs) {}
   void* next(at::IntArrayRef shape, const at::TensorOptions& options) {
     if (!needs_[at_++]) return nullptr;
-    grads.push_back(make_result(shape, options));
+    grads.push_back(at::empty(shape, options));
     return grads.back().data_ptr();
   }
   std::vector<at::Tensor> grads;
@@ -102,8 +103,8 @@ std::tuple<at::Tensor, at::Tensor> contrastive_loss_fwd(
     bool normalize, bool want_x, bool want_y, const OptTensor& dots) {
   const at::Tensor scale = contiguous_float(logit_scale);
   const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, ignore, normalize, dots);
-  at::Tensor stats_x = make_result({6, a.G, a.M}, scale.options().dtype(at::kDouble));
-  at::Tensor stats_y = make_result({6, a.G, a.N}, scale.options().dtype(at::kDouble));
+  at::Tensor stats_x = at::empty({6, a.G, a.M}, scale.options().dtype(at::kDouble));
+  at::Tensor stats_y = at::empty({6, a.G, a.N}, scale.options().dtype(at::kDouble));
   const ContrastiveStats out{stats_x.data_ptr<double>(), stats_y.data_ptr<double>(), want_x,
                              want_y};
   kernels().contrastive_loss_fwd(a, out, parallel_for);
@@ -146,7 +147,7 @@ at::Tensor sigmoid_loss_fwd(const at::Tensor& x, const at::Tensor& y, const at::
                             const OptTensor& dots) {
   const at::Tensor scale = contiguous_float(logit_scale);
   const PairLoss a = params(x, y, scale, positives, ids_x, ids_y, false, normalize, dots);
-  at::Tensor loss = make_result({a.G, a.M}, scale.options());
+  at::Tensor loss = at::empty({a.G, a.M}, scale.options());
   const SigmoidTerms out{logit_bias.item<float>(), loss.data_ptr<float>()};
   kernels().sigmoid_loss_fwd(a, out, parallel_for);
   return loss;
