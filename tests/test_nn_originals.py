@@ -84,6 +84,19 @@ def dino_pair(block: bool, **changes):
     return ours, theirs
 
 
+@pytest.fixture(autouse=True)
+def few_vision_tokens(monkeypatch) -> None:
+    """Small shapes take the paths of large ones."""
+    monkeypatch.setattr("fusedmm.nn.bi_attention.ABSORB_FROM", 0)
+
+
+def test_weights_are_absorbed_for_many_vision_tokens(monkeypatch) -> None:
+    monkeypatch.setattr("fusedmm.nn.bi_attention.ABSORB_FROM", 8)
+    ours = BiMultiHeadAttention(D, D, 48, 4)
+    for tokens, absorbed in ((8 * N - 1, False), (8 * N, True)):
+        assert ours._absorbs(torch.empty(B, tokens, D), torch.empty(B, N, D)) == absorbed
+
+
 @pytest.mark.parametrize("masks", ["none", "text", "vision", "both"])
 @pytest.mark.parametrize("block", [False, True], ids=["attention", "block"])
 @pytest.mark.parametrize("path", ["absorbed", "direct"])
