@@ -385,7 +385,7 @@ def against_n(op: str, result: Result, plt) -> None:
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    left.legend(fontsize=8)
+        ax.legend(fontsize=8)
     figure.suptitle(f"{op}: forward + backward, fp32")
     figure.savefig(PICTURES / f"{op}-n.png", dpi=110)
     plt.close(figure)

@@ -143,7 +143,8 @@ def plot(comparisons: dict[str, dict[str, Any]], path: Path) -> None:
         )
         axis.plot(steps, c["ours"]["losses"], color="#1b6ca8", lw=1.5, label="ours")
         title = f"{name}: {speed_up(c)[1]} times as fast"
-        axis.set(title=title, xlabel="step", ylabel="loss")
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="step", ylabel="loss")
         axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
