@@ -367,17 +367,22 @@ def against_n(op: str, result: Result, plt) -> None:
             if m.get("peak_bytes"):
                 series[name][1][sizes[r["case"]]] = m["peak_bytes"] / 2**20
     for ax, k, label in ((left, 0, f"ms, {most} threads"), (right, 1, "peak MiB beyond inputs")):
-        top = 0.0
+        steepest = 0.0  # of the curves' ends, over N^2
         for name, points in series.items():
             if points[k]:
                 x, y = zip(*sorted(points[k].items()), strict=True)
                 style = {"linewidth": 2.4, "zorder": 3} if name == "ours" else {"linewidth": 1.4}
                 ax.plot(x, y, marker="o", markersize=4, color=COLOURS[name], label=name, **style)
-                top = max(top, y[-1])
+                steepest = max(steepest, y[-1] / x[-1] ** 2)
         xs = sorted(sizes.values())
-        if top:
-            square = [1.6 * top * (x / xs[-1]) ** 2 for x in xs]
-            ax.plot(xs, square, color="black", linestyle=":", label="slope of N²")
+        if steepest:
+            ax.plot(
+                xs,
+                [1.6 * steepest * x**2 for x in xs],
+                color="black",
+                linestyle=":",
+                label="slope of N²",
+            )
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks(xs, [str(x) for x in xs])
