@@ -78,9 +78,29 @@ print(memory_probe.resident("VmRSS") - before)
 
 @pytest.mark.skipif(not built, reason="extension not built")
 def test_packed_rows_do_not_outlive_the_call():
-    """64 MiB of them here; what an arena may keep is 16 MiB."""
+    """64 MiB of them here; what an arena may keep is 48 MiB."""
     grown = _printed(LEFT)
-    assert grown < 24 << 20, f"{grown / 2**20:.0f} MiB stay"
+    assert grown < 56 << 20, f"{grown / 2**20:.0f} MiB stay"
+
+
+KEPT = """
+tensors = [torch.randn(1, 4, 2048, 64, requires_grad=True) for _ in range(6)]
+def step(rows):
+    o = fusedmm.co_attention(*(t[:, :, :rows] for t in tensors), backend="cpu")
+    torch.autograd.grad(o, tensors, tuple(torch.ones_like(t) for t in o))
+step(64)
+before = memory_probe.resident("VmRSS")
+step(2048)  # finds out how much it takes
+step(2048)
+print(memory_probe.resident("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(not built, reason="extension not built")
+def test_partial_sums_stay_for_the_next_call():
+    """24 MiB of both sides. Given back, they were faulted in at every step: 30 ms became 61."""
+    grown = _printed(KEPT)
+    assert 20 << 20 < grown < 56 << 20, f"{grown / 2**20:.0f} MiB stay"
 
 
 WORKSPACE = """
