@@ -6,6 +6,12 @@
 namespace fmm {
 
 constexpr int64_t kDotsTile = 96 * 96;
+constexpr int64_t kDotsHeader = 16;  // floats before a tile of 16-bit products: their step
+
+// Floats of a kept tile of products.
+inline int64_t dots_tile_floats(DType dtype) {
+  return dtype == DType::kBFloat16 ? kDotsHeader + kDotsTile / 2 : kDotsTile;
+}
 
 // int64 [G, rows]; data == nullptr: absent.
 struct Indices {
@@ -24,8 +30,7 @@ struct PairLoss {
   Indices ids_x, ids_y;  // equal ids match as well
   bool ignore;           // ... or leave the denominator
   bool normalize;        // rows to unit length
-  // Raw products of the first tiles, which a forward leaves for its backward: kDotsTile floats
-  // each, in the order of G, x, y. nullptr: none.
+  // Raw products that a forward leaves for its backward: cpu/kept_dots.h. nullptr: none.
   float* dots = nullptr;
   int64_t dots_tiles = 0;
 

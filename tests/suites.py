@@ -4,6 +4,7 @@ OpSuite holds for all four, AttentionSuite and PairLossSuite for two each; `para
 that conftest.py turns into parameters.
 """
 
+import math
 from typing import Any, ClassVar
 
 import harness
@@ -525,26 +526,56 @@ class PairLossSuite(OpSuite):
         "ids_rectangular": {"ids": 9, "shape": PairShape(67, 131, 24, (2,))},
     }
 
+    def keep(self, tiles, dtype, monkeypatch) -> int:
+        """From now on `tiles` tiles of products are kept from any forward; the floats of one."""
+        size = pairs.SHORT_TILE if dtype == torch.bfloat16 else pairs.TILE**2
+        monkeypatch.setattr(pairs, "KEEP_WIDTH", 1)
+        monkeypatch.setattr(pairs, "KEEP_ROWS", 1)
+        monkeypatch.setattr(pairs, "KEEP_BYTES", tiles * 4 * size)
+        return size
+
     @pytest.mark.parametrize("tiles", [4, 7, 1000], ids="{}_tiles".format)
     @pytest.mark.parametrize("option", ["plain", "ids", "normalize", "rows"])
-    def test_kept_products_change_no_bit(self, dtype, tiles, option, monkeypatch):
-        """What the cpu forward leaves for the backward is what the backward would compute."""
+    def test_kept_products(self, dtype, tiles, option, monkeypatch):
+        """What the cpu forward leaves for the backward is what that would compute; of bf16 inputs
+        as near as the gradients are to be to fp64."""
         features = {"plain": {}, "rows": {"logit_scale": "rows"}, "ids": {"ids": 9}}
         case = make_case(
             self.op, self.ragged, dtype, **features.get(option, {option: True}), reduction="none"
         )
         want = harness.run(case, "cpu")
-        monkeypatch.setattr(pairs, "KEEP_WIDTH", 1)
-        monkeypatch.setattr(pairs, "KEEP_ROWS", 1)
-        monkeypatch.setattr(pairs, "KEEP_BYTES", tiles * 4 * pairs.TILE**2)
+        size = self.keep(tiles, dtype, monkeypatch)
         with harness.recorded(self.op) as calls:
             got = harness.run(case, "cpu")
         dots = [t for t in calls["_bwd"] if isinstance(t, Tensor) and t.dim() == 1 and len(t) > 999]
-        assert dots[0].numel() == min(tiles, 8) * pairs.TILE**2
-        harness.assert_same(got, want)
+        assert dots[0].numel() == min(tiles // 4 * 4, 8) * size, (
+            "as many of each of 4 rows of tiles"
+        )
+        if dtype == torch.bfloat16:
+            harness.check_oracle(case, "cpu")
+        else:
+            harness.assert_same(got, want)
         with harness.recorded(self.op) as calls, torch.no_grad():
             fused(case, "cpu")
         assert calls["_fwd"][-2] == 0, "keeps products though nothing requires a gradient"
+
+    def test_products_too_large_for_16_bits(self, monkeypatch):
+        """Tiles of scores up to thousands are computed again: no bit changes."""
+        case = make_case(self.op, self.ragged, torch.bfloat16, reduction="none")
+        case = case.replace(logit_scale=torch.tensor(1e4))
+        want = harness.run(case, "cpu")
+        self.keep(1000, torch.bfloat16, monkeypatch)
+        harness.assert_same(harness.run(case, "cpu"), want)
+
+    @pytest.mark.parametrize("odd", [math.nan, math.inf])
+    def test_kept_products_that_are_not_finite(self, odd, monkeypatch):
+        case = make_case(self.op, self.ragged, torch.bfloat16, reduction="none")
+        case.tensors["x"][0, 5] = odd
+        want = harness.run(case, "cpu")
+        self.keep(1000, torch.bfloat16, monkeypatch)
+        got = harness.run(case, "cpu")
+        for name, t in want.items():
+            assert torch.equal(got[name].isfinite(), t.isfinite()), name
 
     def test_losses_are_fp32(self, backend, device, dtype):
         for reduction in ("none", "mean", "sum"):

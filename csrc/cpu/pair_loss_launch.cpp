@@ -35,7 +35,8 @@ PairLoss params(const at::Tensor& x, const at::Tensor& y, const at::Tensor& scal
   a.ignore = ignore, a.normalize = normalize;
   if (dots) {
     FMM_CHECK(dots->scalar_type() == at::kFloat && dots->is_contiguous(), "dots");
-    a.dots = static_cast<float*>(dots->data_ptr()), a.dots_tiles = dots->numel() / kDotsTile;
+    a.dots = static_cast<float*>(dots->data_ptr());
+    a.dots_tiles = dots->numel() / dots_tile_floats(a.x.dtype);
   }
   return a;
 }
@@ -92,7 +93,7 @@ Spare& spare() {
 }  // namespace
 
 at::Tensor kept_dots(int64_t n) {
-  FMM_CHECK(n >= 0 && n % kDotsTile == 0, "dots");
+  FMM_CHECK(n >= 0, "dots");
   return at::from_blob(
       spare().take(n), {n}, [n](void* p) { spare().give(static_cast<float*>(p), n); }, at::kFloat);
 }

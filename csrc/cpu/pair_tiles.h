@@ -7,12 +7,12 @@
 
 #include "../pair_loss.h"
 #include "columns.h"
+#include "kept_dots.h"
 
 namespace fmm::cpu::FMM_ISA {
 
 constexpr int64_t kStrips = 16;
 constexpr int64_t kBlock64 = kBlock;
-static_assert(kDotsTile == kBlock64 * kBlock64);
 
 struct Match {
   int16_t i, j;
@@ -87,7 +87,7 @@ class PairLoop : PairShape {
  public:
   // dx, dy: outputs of a backward, nullptr where not needed (both in a forward).
   PairLoop(const PairLoss& a, Op& op, void* dx, void* dy, ParallelFor parallel)
-      : PairShape(a), op_(op), dx_(dx), dy_(dy), parallel_(parallel) {
+      : PairShape(a), kept_(a), op_(op), dx_(dx), dy_(dy), parallel_(parallel) {
     width_ = round_up(a.D, kLanes);
     const int64_t rows_x = std::min(kBlock64, a.M), rows_y = std::min(kBlock64, a.N);
     a_block_ = a_units<U>(rows_x, a.D), bx_ = b_units<U>(rows_x, a.D);
@@ -240,14 +240,19 @@ class PairLoop : PairShape {
     const U* rows =
         xa_ ? xa_ + x * a_block_ : static_cast<const U*>(at(a_.x, a_.x.offset(t.g, 0, t.m0)));
     const int64_t ld = xa_ ? units<U>(a_.D) : a_.x.stride[2] / kPerUnit<U>;
-    const int64_t index = x * tiles_y_ + t.n0 / kBlock;
-    const bool kept = index < a_.dots_tiles;
-    t.dots = kept ? a_.dots + index * kDotsTile : t.s;
-    if (!kept || !Op::kBackward) {
-      scores<U>({rows, ld}, 0, yt_ + y * bt_, t.rows, t.cols, a_.D, t.dots);
+    float most = 0.0f;
+    for (int i = 0; i < t.rows; ++i) {
+      t.scale[i] = a_.row_scale(t.g, t.m0 + i);
+      most = std::max(most, std::fabs(t.scale[i]));
     }
+    float* const kept = kept_.at(x, t.n0 / kBlock);
+    const bool multiples = kept && kept_.as_multiples();
+    t.dots = kept && !multiples ? kept : t.s;
+    bool ready = Op::kBackward && kept;
+    if (ready && multiples) ready = KeptDots::get(kept, t.dots, t.rows, t.nv);
+    if (!ready) scores<U>({rows, ld}, 0, yt_ + y * bt_, t.rows, t.cols, a_.D, t.dots);
+    if (!Op::kBackward && multiples) KeptDots::put(kept, t.dots, t.rows, t.nv, most);
     fill_mask(t.mask, {}, {}, 0, t.m0, t.n0, t.cols);
-    for (int i = 0; i < t.rows; ++i) t.scale[i] = a_.row_scale(t.g, t.m0 + i);
     find_matches(t);
     op_.tile(t, w.op, ds);
   }
@@ -273,6 +278,7 @@ class PairLoop : PairShape {
     });
   }
 
+  KeptDots kept_;
   Op& op_;
   void *dx_, *dy_;
   ParallelFor parallel_;

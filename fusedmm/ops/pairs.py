@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import check
 
 TILE = 96  # rows and columns of the cpu kernels' tiles
+SHORT_TILE = 16 + TILE * TILE // 2  # floats of a kept tile of bf16 inputs: csrc/pair_loss.h
 CHUNK = 64  # rows that a chunk of the cuda kernels has at least: PairTile's, csrc/cuda/tuning.h
 KEEP_BYTES = 64 << 20  # of raw products kept for a backward
 KEEP_ROWS = 1024  # M and N from which on they are kept
@@ -62,18 +63,21 @@ def coefficients(
 
 
 def kept_dots(name: str, asked, *inputs: Tensor) -> int:
-    """How many raw products backend `name` leaves for the backward instead of computing them again.
+    """How many floats of raw products backend `name` leaves for the backward.
 
-    KEEP_BYTES at most: the cpu kernels whole tiles, where reading a product costs less than D
-    multiplications; the cuda kernels rows, of which they use whole chunks, where products pass
-    through memory anyway. Nothing if no input requires a gradient.
+    KEEP_BYTES at most: the cpu kernels tiles, as many of each row of tiles, where reading a product
+    costs less than D multiplications, in bf16 as 16-bit integers; the cuda kernels rows, of which
+    they use whole chunks, where products pass through memory anyway. Nothing if no input requires a
+    gradient.
     """
     if min(asked.M, asked.N) < KEEP_ROWS:
         return 0
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         return 0
     if name == "cpu" and asked.D >= KEEP_WIDTH:
-        count, size, whole = asked.G * -(-asked.M // TILE) * -(-asked.N // TILE), TILE * TILE, 1
+        whole = asked.G * -(-asked.M // TILE)
+        count = whole * -(-asked.N // TILE)
+        size = SHORT_TILE if asked.dtype == torch.bfloat16 else TILE * TILE
     elif name == "cuda" and (asked.dtype == torch.float32 or asked.D > FUSED_WIDTH):
         count, size, whole = asked.G * asked.M, 8 * -(-asked.N // 8), CHUNK
     else:
