@@ -21,11 +21,11 @@ SIGMAS = 4
 # Rows that are drawn independently of one another: variants of a drawing count once, and so do
 # questions on one picture.
 BASES, PICTURES = 284, 1000
-# Flags of the short run, independent rows of the figure, PyPI packages. The longest took about a
-# minute on one core of an AMD EPYC.
+# Flags of the short run, independent rows of the figure, PyPI packages. The longest took 80 s
+# on one core of an AMD EPYC.
 SHORT = {
-    "clip": ("--loop.steps 200 --loop.batch_size 96 --model.image_size 32", BASES, ()),
-    "vilbert": ("--loop.steps 250 --loop.batch_size 64 --views 1", BASES, ()),
+    "clip": ("--loop.steps 400 --loop.batch_size 96 --model.image_size 32", BASES, ()),
+    "vilbert": ("--loop.steps 350 --views 1", BASES, ()),
     "alignment": ("", BASES, ()),
     "autoencoder": ("--loop.steps 300", BASES, ()),
     "dialogue": ("--loop.steps 600", 250, ()),
