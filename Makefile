@@ -9,13 +9,18 @@ STAMP := $(VENV)/.installed
 run: build
 	$(PY) -m fusedmm run
 
-# All ops, or OP=bi_attention; ARGS goes to benchmarks.run (python -m benchmarks.run --help).
+# All ops, or OP=bi_attention, beside the fastest peers; PEERS= is all of them, which takes twice as
+# long. ARGS goes to benchmarks.run (python -m benchmarks.run --help). The profile needs perf.
 OP ?= all
+PEERS ?= ours,eager,compiled,sdpa x2,open_clip
+BENCH = $(PY) -m benchmarks.run $(OP) $(if $(PEERS),--peers "$(PEERS)")
 bench: build
 	$(PY) -m pip install -q -e ".[bench]" --no-build-isolation
-	$(PY) -m benchmarks.run $(OP) --cases model,overhead --what time $(ARGS)
-	$(PY) -m benchmarks.run $(OP) --cases model --what memory --modes fwdbwd $(ARGS)
-	$(PY) -m benchmarks.run $(OP) --cases sweep --modes fwdbwd --dtypes fp32 $(ARGS)
+	$(BENCH) --cases model,overhead --what time $(ARGS)
+	$(BENCH) --cases sweep --what time --modes fwdbwd --dtypes fp32 $(ARGS)
+	$(BENCH) --cases model --what memory --modes fwdbwd $(ARGS)
+	$(BENCH) --cases sweep --what memory --modes fwdbwd --dtypes fp32 $(ARGS)
+	if command -v perf > /dev/null; then $(PY) -m benchmarks.profile; fi
 	$(PY) -m benchmarks.report
 
 test: lint

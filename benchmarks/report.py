@@ -238,6 +238,24 @@ def scaling_table(results: dict[str, Result]) -> str:
     return table(("op", "mode", "dtype", "geometric mean", "peers'", "worst"), rows)
 
 
+def profile_table(machine: str) -> str:
+    """Where the time of forward and backward goes, of benchmarks.profile."""
+    path = RESULTS / machine / "profile.json"
+    if not path.exists():
+        return "Not measured."
+    kept = json.loads(path.read_text())
+    rows, parts = [], list(kept["rows"][0]["shares"])
+    for r in kept["rows"]:
+        shares = [f"{r['shares'][part]:.0%}" for part in parts]
+        rate = f"{r['products_of_peak']:.0%}"
+        name = f"{r['op']} {r['case']}"
+        rows.append(
+            (name, r["dtype"], str(r["threads"]), milliseconds(r["seconds"]), *shares, rate)
+        )
+    head = ("case", "dtype", "threads", "ms", *parts, "products, of FMA peak")
+    return f"`{kept['command'].strip()}` at {kept['commit']}.\n\n" + table(head, rows)
+
+
 def provenance(results: dict[str, Result]) -> str:
     """Machine, versions, commits and the commands that measured."""
     first = next(iter(results.values()))
@@ -279,9 +297,10 @@ def shown(text: str, *names: str) -> str:
     return "\n".join(f"![{text}]({PICTURES.name}/{n})" for n in drawn)
 
 
-def blocks(results: dict[str, Result]) -> dict[str, str]:
+def blocks(results: dict[str, Result], machine: str) -> dict[str, str]:
     """Every table by the name of its marker."""
     out = {
+        "profile": profile_table(machine),
         "summary": summary(results),
         "overhead": overhead_table(results),
         "scaling": scaling_table(results),
@@ -470,7 +489,7 @@ def main(argv: list[str]) -> None:
     pictures(results)
     for page in PAGES:
         if page.exists():
-            fill(page, blocks(results))
+            fill(page, blocks(results, args.machine))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +176,16 @@ class Cell:
 
 def measure_memory(case: cases.BenchCase, dtype: str, mode: str, threads: int, chosen) -> dict:
     """Peak and saved bytes of every peer, each in a fresh process."""
-    by_peer = {}
-    for peer in chosen:
+
+    def one(peer: peers.Peer) -> dict:
         try:
             peer.make(case, mode, cases.DTYPES[dtype].itemsize)
         except peers.Skip as reason:
-            by_peer[peer.name] = {"skip": str(reason)}
-            continue
-        by_peer[peer.name] = measure.memory(case, peer.name, dtype, mode, threads)
+            return {"skip": str(reason)}
+        return measure.memory(case, peer.name, dtype, mode, threads)
+
+    with ThreadPoolExecutor(2) as pool:  # bytes do not depend on what runs beside
+        by_peer = dict(zip([p.name for p in chosen], pool.map(one, chosen), strict=True))
     return {"case": case.name, "dtype": dtype, "mode": mode, "threads": threads, "peers": by_peer}
 
 
@@ -230,7 +233,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtypes", type=_names, default=list(cases.DTYPES))
     parser.add_argument("--threads", type=_names, default=["1", str(os.cpu_count())])
     parser.add_argument("--peers", type=_names, help="default: all that apply")
-    parser.add_argument("--seconds", type=float, default=1.0, help="a peer and case")
+    parser.add_argument("--seconds", type=float, default=0.2, help="a peer and case")
     parser.add_argument("--quick", action="store_true", help="a few calls; nothing is saved")
     parser.add_argument("--what", choices=("time", "memory", "both", "check"), default="both")
     return parser.parse_args(argv)
@@ -262,12 +265,12 @@ def run_op(op: str, args: argparse.Namespace, say) -> None:
         say(f"{op}: geometric mean {mean:.2f}, worst {min(ratios):.2f}")
 
 
-def describe_run(threads: list[int]) -> dict[str, Any]:
+def describe_run(threads: list[int], module: str = "benchmarks.run") -> dict[str, Any]:
     """Commit, command, versions and the machine's ceilings at the start of a run."""
     return {
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": "python -m benchmarks.run " + " ".join(sys.argv[1:]),
+        "command": f"python -m {module} " + " ".join(sys.argv[1:]),
         "peaks": {str(t): peaks(t) for t in threads},
         "versions": _versions(),
     }
