@@ -50,8 +50,7 @@ class Comparison:
     @property
     def largest_gap(self) -> float:
         """The largest |loss(ours) - loss(standard)| / loss(standard) over all steps."""
-        pairs = zip(self.ours.losses, self.standard.losses, strict=True)
-        return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+        return relative_gap(self.ours.losses, self.standard.losses)
 
     @property
     def speed_up(self) -> dict[str, float]:
@@ -71,6 +70,12 @@ class Comparison:
         """For metrics.json."""
         derived = {"largest_gap": self.largest_gap, "speed_up": self.speed_up}
         return {**dataclasses.asdict(self), **derived}
+
+
+def relative_gap(losses: list[float], others: list[float]) -> float:
+    """The largest |loss - other| / other over all steps."""
+    pairs = zip(losses, others, strict=True)
+    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
 
 
 def backend_in_use(op: str) -> str:
@@ -164,3 +169,21 @@ def compare(
         for i, name in enumerate((ours, STANDARD))
     ]
     return Comparison(*sides, threads=torch.get_num_threads(), precision=precision)
+
+
+def rounding_noise(
+    make_task: Callable[[str | None], Task],
+    config: LoopConfig,
+    precision: str,
+    losses: list[float],
+) -> float:
+    """How far a standard run parts from `losses`, those of another, by rounding alone.
+
+    Same seed and batches; its initial weights are rounded to bf16, which its products do anyway, or
+    in fp32 are off by one unit in the last place.
+    """
+    stepper = Stepper(make_task(STANDARD), config)
+    with torch.no_grad():
+        for p in stepper.learned:
+            p.copy_(p.bfloat16() if precision == "bf16" else p * (1 + 2**-23))
+    return relative_gap([stepper.step(i)["loss"] for i in range(len(losses))], losses)

@@ -19,7 +19,7 @@ from fusedmm.models.checkpoint import write_json
 from fusedmm.models.clip import STANDARD, standard_contrastive_loss
 from fusedmm.train import console
 from fusedmm.train.clip import ClipRecipe, ClipTask, embed, train_tokenizer
-from fusedmm.train.compare import backend_in_use, compare
+from fusedmm.train.compare import backend_in_use, compare, rounding_noise
 from fusedmm.train.config import LoopConfig
 from fusedmm.train.loop import Task, device, resolve_precision
 from fusedmm.train.recipes import machine
@@ -118,12 +118,15 @@ def end_to_end(sources: Sources, names: list[str], steps: int) -> dict[str, Any]
     out: dict[str, Any] = {}
     for name in names:
         op, loop, make = CASES[name](sources, steps)
+        precision = resolve_precision(loop.precision)
         with console.meter(f"{name} against standard", steps) as meter:
             result = compare(
-                make, loop, ours=backend_in_use(op), precision=resolve_precision(loop.precision),
-                on_step=meter.update,
-            )  # fmt: skip
-        out[name] = {"op": op, "batch_size": loop.batch_size, **result.as_dict()}
+                make, loop, ours=backend_in_use(op), precision=precision, on_step=meter.update
+            )
+        noise = rounding_noise(make, loop, precision, result.standard.losses)
+        out[name] = {
+            "op": op, "batch_size": loop.batch_size, **result.as_dict(), "rounding_noise": noise,
+        }  # fmt: skip
     return {"machine": machine(), "comparisons": out}
 
 

@@ -125,8 +125,10 @@ def speed_up(comparison: dict[str, Any]) -> tuple[float, str]:
 
 
 def comparison_table(comparisons: dict[str, dict[str, Any]]) -> str:
-    """Ours and standard, a step; the last row is the geometric mean of the ratios."""
+    """Ours and standard, a step; the last row is the geometric mean of the ratios. How far a
+    standard run parts from itself by rounding is there where it was measured."""
     rows, ratios = [], []
+    noise = any("rounding_noise" in c for c in comparisons.values())
     for name, c in comparisons.items():
         ours, standard = c["ours"], c["standard"]
         ratio, text = speed_up(c)
@@ -136,11 +138,13 @@ def comparison_table(comparisons: dict[str, dict[str, Any]]) -> str:
             text, f"{ours['peak_bytes'] / 2**20:.1f}",
             f"{standard['peak_bytes'] / 2**20:.1f}", f"{c['largest_gap']:.1e}",
         ])  # fmt: skip
+        if noise:
+            rows[-1].append(f"{c['rounding_noise']:.1e}" if "rounding_noise" in c else "")
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    rows.append(["geometric mean", "", "", "", f"**{mean:.2f}**", "", "", ""])
+    rows.append(["geometric mean", "", "", "", f"**{mean:.2f}**", *[""] * (3 + noise)])
     header = ["recipe", "op", "ours, ms a step", "standard, ms", "speed-up", "ours, peak MiB",
               "standard, peak MiB", "loss curves part by"]  # fmt: skip
-    return _markdown(header, rows)
+    return _markdown(header + ["standard's by rounding"] * noise, rows)
 
 
 def machine_line(metrics: dict[str, Any]) -> str:
