@@ -15,7 +15,13 @@ pytest.importorskip("safetensors", reason="the train extra is not installed")
 
 from fusedmm.train import end_to_end  # noqa: E402
 from fusedmm.train.commands import RECIPES, settings_class  # noqa: E402
-from fusedmm.train.compare import Comparison, Side, compare, rounding_noise  # noqa: E402
+from fusedmm.train.compare import (  # noqa: E402
+    Comparison,
+    Side,
+    compare,
+    relative_gap,
+    rounded_standard,
+)
 from fusedmm.train.config import LoopConfig  # noqa: E402
 from fusedmm.train.table import collect, figures_of, fill, write_page  # noqa: E402
 
@@ -60,22 +66,21 @@ def test_cached_clip_agrees_with_standard(tmp_path):
         lambda backend: end_to_end.CachedClip(pair, loop, backend), loop, ours="x", precision="fp32"
     )
     assert result.largest_gap < 1e-4
-    noise = [
-        rounding_noise(
-            lambda backend: end_to_end.CachedClip(pair, loop, backend), loop, precision,
-            result.standard.losses,
+    rounded = [
+        rounded_standard(
+            lambda backend: end_to_end.CachedClip(pair, loop, backend), loop, precision, 4
         )
         for precision in ("fp32", "bf16")
-    ]  # fmt: skip
+    ]
+    noise = [relative_gap(losses, result.standard.losses) for losses in rounded]
     assert 0 < noise[0] < 1e-4 < noise[1] < 1e-1
+    noisy = {"rounded": rounded[1], "rounding_noise": 0.5}
     machine = {"device": "d", "cpu_capability": "c", "threads": 1, "torch": "t"}
     end_to_end.write(
         tmp_path,
         {
             "machine": machine,
-            "comparisons": {
-                "a": {"op": "contrastive_loss", **result.as_dict(), "rounding_noise": 0.5}
-            },
+            "comparisons": {"a": {"op": "contrastive_loss", **result.as_dict(), **noisy}},
         },
     )
     assert (tmp_path / "end_to_end.png").stat().st_size > 10_000

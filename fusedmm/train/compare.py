@@ -171,13 +171,10 @@ def compare(
     return Comparison(*sides, threads=torch.get_num_threads(), precision=precision)
 
 
-def rounding_noise(
-    make_task: Callable[[str | None], Task],
-    config: LoopConfig,
-    precision: str,
-    losses: list[float],
-) -> float:
-    """How far a standard run parts from `losses`, those of another, by rounding alone.
+def rounded_standard(
+    make_task: Callable[[str | None], Task], config: LoopConfig, precision: str, steps: int
+) -> list[float]:
+    """Losses of a standard run that differs from another by rounding alone.
 
     Same seed and batches; its initial weights are rounded to bf16, which its products do anyway, or
     in fp32 are off by one unit in the last place.
@@ -186,4 +183,4 @@ def rounding_noise(
     with torch.no_grad():
         for p in stepper.learned:
             p.copy_(p.bfloat16() if precision == "bf16" else p * (1 + 2**-23))
-    return relative_gap([stepper.step(i)["loss"] for i in range(len(losses))], losses)
+    return [stepper.step(i)["loss"] for i in range(steps)]

@@ -19,7 +19,7 @@ from fusedmm.models.checkpoint import write_json
 from fusedmm.models.clip import STANDARD, standard_contrastive_loss
 from fusedmm.train import console
 from fusedmm.train.clip import ClipRecipe, ClipTask, embed, train_tokenizer
-from fusedmm.train.compare import backend_in_use, compare, rounding_noise
+from fusedmm.train.compare import backend_in_use, compare, relative_gap, rounded_standard
 from fusedmm.train.config import LoopConfig
 from fusedmm.train.loop import Task, device, resolve_precision
 from fusedmm.train.recipes import machine
@@ -123,9 +123,11 @@ def end_to_end(sources: Sources, names: list[str], steps: int) -> dict[str, Any]
             result = compare(
                 make, loop, ours=backend_in_use(op), precision=precision, on_step=meter.update
             )
-        noise = rounding_noise(make, loop, precision, result.standard.losses)
+        rounded = rounded_standard(make, loop, precision, steps)
+        noise = relative_gap(rounded, result.standard.losses)
         out[name] = {
-            "op": op, "batch_size": loop.batch_size, **result.as_dict(), "rounding_noise": noise,
+            "op": op, "batch_size": loop.batch_size, **result.as_dict(),
+            "rounded": rounded, "rounding_noise": noise,
         }  # fmt: skip
     return {"machine": machine(), "comparisons": out}
 
@@ -144,11 +146,15 @@ def plot(comparisons: dict[str, dict[str, Any]], path: Path) -> None:
         axis.plot(
             steps, c["standard"]["losses"], color="#e07b39", lw=5, alpha=0.5, label="standard"
         )
+        if "rounded" in c:
+            label = "standard, rounded weights"
+            axis.plot(steps, c["rounded"], color="#777777", lw=1, ls="--", label=label)
         axis.plot(steps, c["ours"]["losses"], color="#1b6ca8", lw=1.5, label="ours")
         title = f"{name}: {speed_up(c)[1]} times as fast"
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="step", ylabel="loss")
-        axis.legend(frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
