@@ -211,6 +211,11 @@ void losses(int64_t G, int64_t M, int64_t N, int64_t D, DType dtype, bool rich) 
   a.scale = scale.data(), a.scale_per_row = rich, a.normalize = rich, a.ignore = false;
   a.positives = {positives.data(), {0, 1}};
   if (rich) a.ids_x = {ids_x.data(), {M, 1}}, a.ids_y = {ids_y.data(), {N, 1}};
+  // Every second tile of products is kept, or every one.
+  const int64_t tiles_x = (M + 95) / 96, tiles_y = (N + 95) / 96;
+  a.dots_tiles = G * tiles_x * (rich ? tiles_y : (tiles_y + 1) / 2);
+  std::vector<float> dots(a.dots_tiles * fmm::dots_tile_floats(dtype));
+  a.dots = dots.data();
   std::vector<double> sx(6 * G * M), sy(6 * G * N), cx(5 * G * M, 0.5), cy(5 * G * N, 0.5);
   ops::contrastive_loss_fwd(a, {sx.data(), sy.data(), true, true}, two_threads);
   std::vector<char> dx(x.bytes.size()), dy(y.bytes.size());
