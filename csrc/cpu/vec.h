@@ -35,6 +35,7 @@ constexpr int kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UVec __attribute__((vector_size(4 * kLanes)));
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.4426950408889634f;
@@ -148,7 +149,7 @@ FMM_INLINE Vec exp2(Vec t) {
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
-  IVec bits, raised;
+  UVec bits, raised;  // wraps above 127, as where a tile's last row has no partner
   __builtin_memcpy(&bits, &p, sizeof p);
   __builtin_memcpy(&raised, &shifted, sizeof shifted);
   bits += raised << 23;
