@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 run: build
 	$(PY) -m fusedmm run
 
-# All ops, or OP=bi_attention, beside the fastest peers; PEERS= is all of them, which takes twice as
-# long. ARGS goes to benchmarks.run (python -m benchmarks.run --help). The profile needs perf.
+# All ops, or OP=bi_attention, beside the fastest peers; PEERS= is all of them, which takes longer.
+# ARGS goes to benchmarks.run (python -m benchmarks.run --help). The profile needs perf.
 OP ?= all
 PEERS ?= ours,eager,compiled,sdpa x2,open_clip
 BENCH = $(PY) -m benchmarks.run $(OP) $(if $(PEERS),--peers "$(PEERS)")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fusedmm import testing
 from fusedmm.ops import pairs
 
 from . import cases, measure, peers, run
@@ -57,7 +58,7 @@ THREADS = (1, 2)
 def executed(case: cases.BenchCase, dtype: str) -> float:
     """FLOP of the products of a forward and backward, those that are kept counted once."""
     flop = case.flop("fwdbwd")
-    if case.op not in ("contrastive_loss", "sigmoid_loss"):
+    if case.op not in testing.LOSSES:
         return flop
     s = case.shape
     keeps = min(s.M, s.N) >= pairs.KEEP_ROWS and s.D >= pairs.KEEP_WIDTH

@@ -1,5 +1,5 @@
-"""Every recipe, shortened to about a minute on one core, beats chance on held-out data by more than
-luck could. `make test-recipes` runs it; drawings and speech come from the cache of the recipes.
+"""Every recipe, shortened to about a minute on a core or two, beats chance on held-out data by more
+than luck could. `make test-recipes` runs it; drawings and speech come from the recipes' cache.
 """
 
 import json
@@ -21,11 +21,11 @@ SIGMAS = 4
 # Rows that are drawn independently of one another: variants of a drawing count once, and so do
 # questions on one picture.
 BASES, PICTURES = 284, 1000
-# Flags of the short run, independent rows of the figure, PyPI packages. The longest took 80 s
-# on one core of an AMD EPYC.
+# Flags of the short run, independent rows of the figure, PyPI packages. On an AMD EPYC vilbert took
+# 53 s on two cores, without the CLIP it starts from; others about a minute at most on one.
 SHORT = {
     "clip": ("--loop.steps 400 --loop.batch_size 96 --model.image_size 32", BASES, ()),
-    "vilbert": ("--loop.steps 350 --views 1", BASES, ()),
+    "vilbert": ("--loop.steps 310 --views 1", BASES, ()),
     "alignment": ("", BASES, ()),
     "autoencoder": ("--loop.steps 300", BASES, ()),
     "dialogue": ("--loop.steps 600", 250, ()),
