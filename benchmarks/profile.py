@@ -150,6 +150,9 @@ def main(argv: list[str]) -> None:
     if args.child:
         child(*args.child[:3], int(args.child[3]))
         return
+    known = {case[1] for case in CASES}
+    if args.cases is not None and not known.issuperset(args.cases):
+        parser.error(f"--cases: expected some of {sorted(known)}, got {args.cases}")
     if shutil.which("perf") is None:
         raise SystemExit("benchmarks.profile needs perf on PATH (Debian: linux-perf)")
     rows = []
