@@ -180,7 +180,12 @@ def extension(parts: str):
     modules = [
         CppExtension(
             "fusedmm._C",
-            sources("csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/*_launch.cpp"),
+            sources(
+                "csrc/bindings.cpp",
+                "csrc/cpu/dispatch.cpp",
+                "csrc/cpu/result_memory.cpp",
+                "csrc/cpu/*_launch.cpp",
+            ),
             extra_compile_args={"cxx": flags},
             extra_link_args=extra,
         )

@@ -35,10 +35,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_attention_fwd(
   at::Tensor hold;
   BiAttention a =
       params(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, hold, clamp, scale, dropout_p, seed);
-  at::Tensor o_x = at::empty({a.B, a.H, a.M, a.Dv_y}, qk_x.options());
-  at::Tensor o_y = at::empty({a.B, a.H, a.N, a.Dv_x}, qk_x.options());
-  at::Tensor lse_x = at::empty({a.B, a.H, a.M}, qk_x.options().dtype(at::kDouble));
-  at::Tensor lse_y = at::empty({a.B, a.H, a.N}, qk_x.options().dtype(at::kDouble));
+  at::Tensor o_x = empty_result({a.B, a.H, a.M, a.Dv_y}, qk_x.options());
+  at::Tensor o_y = empty_result({a.B, a.H, a.N, a.Dv_x}, qk_x.options());
+  at::Tensor lse_x = empty_result({a.B, a.H, a.M}, qk_x.options().dtype(at::kDouble));
+  at::Tensor lse_y = empty_result({a.B, a.H, a.N}, qk_x.options().dtype(at::kDouble));
   a.o_x = o_x.data_ptr(), a.o_y = o_y.data_ptr();
   a.lse_x = lse_x.data_ptr<double>(), a.lse_y = lse_y.data_ptr<double>();
   if (a.B * a.H > 0) kernels().bi_attention_fwd(a, parallel_for);
@@ -71,7 +71,7 @@ std::vector<at::Tensor> bi_attention_bwd(
   std::vector<at::Tensor> grads;
   auto result = [&](bool need, const at::Tensor& like) -> void* {
     if (!need) return nullptr;
-    grads.push_back(at::empty(like.sizes(), like.options()));
+    grads.push_back(empty_result(like.sizes(), like.options()));
     return grads.back().data_ptr();
   };
   g.dqk_x = result(needs[0], qk_x), g.dqk_y = result(needs[1], qk_y);
@@ -108,10 +108,10 @@ Four fusion_attention_fwd(const at::Tensor& x, const at::Tensor& k, const at::Te
                           double dropout_p, const OptTensor& seed) {
   at::Tensor hold;
   BiAttention a = fusion_params(x, k, v, mask_x, mask_y, bias, hold, dropout_p, seed);
-  at::Tensor o = at::empty({a.B, a.M, a.Dv_y}, x.options());
-  at::Tensor z = at::empty({a.B, a.H, a.N, a.D}, x.options());
-  at::Tensor lse_x = at::empty({a.B, a.H, a.M}, x.options().dtype(at::kDouble));
-  at::Tensor lse_y = at::empty({a.B, a.H, a.N}, x.options().dtype(at::kDouble));
+  at::Tensor o = empty_result({a.B, a.M, a.Dv_y}, x.options());
+  at::Tensor z = empty_result({a.B, a.H, a.N, a.D}, x.options());
+  at::Tensor lse_x = empty_result({a.B, a.H, a.M}, x.options().dtype(at::kDouble));
+  at::Tensor lse_y = empty_result({a.B, a.H, a.N}, x.options().dtype(at::kDouble));
   a.o_x = o.data_ptr(), a.o_y = z.data_ptr();
   a.lse_x = lse_x.data_ptr<double>(), a.lse_y = lse_y.data_ptr<double>();
   if (a.B * a.H > 0) kernels().bi_attention_fwd(a, parallel_for);
@@ -139,7 +139,7 @@ std::vector<at::Tensor> fusion_attention_bwd(
   std::vector<at::Tensor> grads;
   auto result = [&](bool need, const at::Tensor& like, const at::TensorOptions& options) -> void* {
     if (!need) return nullptr;
-    grads.push_back(at::empty(like.sizes(), options));
+    grads.push_back(empty_result(like.sizes(), options));
     return grads.back().data_ptr();
   };
   g.dqk_x = g.dv_x = result(needs[0], x, x.options());

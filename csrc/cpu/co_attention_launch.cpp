@@ -51,8 +51,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> co_attention_fwd(
   at::Tensor o[2], lse[2];
   for (int i = 0; i < 2; ++i) {
     AttentionSide& s = a.side[i];
-    o[i] = at::empty({a.B, a.H, s.M, s.Dv}, q_x.options());
-    lse[i] = at::empty({a.B, a.H, s.M}, q_x.options().dtype(at::kDouble));
+    o[i] = empty_result({a.B, a.H, s.M, s.Dv}, q_x.options());
+    lse[i] = empty_result({a.B, a.H, s.M}, q_x.options().dtype(at::kDouble));
     s.o = o[i].data_ptr(), s.lse = lse[i].data_ptr<double>();
   }
   if (a.B * a.H > 0) kernels().co_attention_fwd(a, parallel_for);
@@ -74,7 +74,7 @@ std::vector<at::Tensor> co_attention_bwd(
   std::vector<at::Tensor> grads;
   auto result = [&](bool need, const at::Tensor& like) -> void* {
     if (!need) return nullptr;
-    grads.push_back(at::empty(like.sizes(), like.options()));
+    grads.push_back(empty_result(like.sizes(), like.options()));
     return grads.back().data_ptr();
   };
   CoAttentionGrad g{};

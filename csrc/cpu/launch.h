@@ -5,6 +5,7 @@
 
 #include "../common/torch_params.h"
 #include "kernels.h"
+#include "result_memory.h"
 
 namespace fmm::cpu {
 

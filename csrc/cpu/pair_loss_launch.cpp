@@ -1,11 +1,5 @@
 // contrastive_loss and sigmoid_loss on CPU tensors: allocates results, fills Params, calls kernels.
-#include <ATen/ops/from_blob.h>
-
-#include <mutex>
-#include <new>
-
 #include "../ops.h"
-#include "huge_pages.h"
 #include "launch.h"
 
 namespace fmm::cpu {
@@ -47,7 +41,7 @@ class Results {
   explicit Results(at::ArrayRef<bool> needs) : needs_(needs) {}
   void* next(at::IntArrayRef shape, const at::TensorOptions& options) {
     if (!needs_[at_++]) return nullptr;
-    grads.push_back(at::empty(shape, options));
+    grads.push_back(empty_result(shape, options));
     return grads.back().data_ptr();
   }
   std::vector<at::Tensor> grads;
@@ -57,45 +51,11 @@ class Results {
   size_t at_ = 0;
 };
 
-// Memory of the last kept products that were freed: a step's 64 MiB come from the step before,
-// since faulting them in anew costs as much as the products themselves.
-class Spare {
- public:
-  float* take(int64_t n) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (size_ != n) drop();
-    float* p = data_ ? data_ : new (std::align_val_t{64}) float[n];
-    prefer_huge_pages(p, n * sizeof(float));
-    data_ = nullptr, size_ = 0;
-    return p;
-  }
-  void give(float* p, int64_t n) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    drop();
-    data_ = p, size_ = n;
-  }
-
- private:
-  void drop() {
-    if (data_) operator delete[](data_, std::align_val_t{64});
-    data_ = nullptr, size_ = 0;
-  }
-  std::mutex mutex_;
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-Spare& spare() {
-  static Spare* const one = new Spare;  // outlives tensors freed at exit
-  return *one;
-}
-
 }  // namespace
 
 at::Tensor kept_dots(int64_t n) {
   FMM_CHECK(n >= 0, "dots");
-  return at::from_blob(
-      spare().take(n), {n}, [n](void* p) { spare().give(static_cast<float*>(p), n); }, at::kFloat);
+  return empty_result({n}, at::kFloat);
 }
 
 std::tuple<at::Tensor, at::Tensor> contrastive_loss_fwd(
