@@ -9,18 +9,17 @@ STAMP := $(VENV)/.installed
 run: build
 	$(PY) -m fusedmm run
 
-# All ops, or OP=bi_attention, beside the fastest peers; PEERS= is all of them, which takes longer.
-# ARGS goes to benchmarks.run (python -m benchmarks.run --help). The profile needs perf.
+# All ops beside all peers, or OP=bi_attention. ARGS goes to benchmarks.run (python -m benchmarks.run
+# --help). What is timed, the profile (which needs perf) too, comes before what is not.
 OP ?= all
-PEERS ?= ours,eager,compiled,sdpa x2,open_clip
-BENCH = $(PY) -m benchmarks.run $(OP) $(if $(PEERS),--peers "$(PEERS)")
+BENCH = $(PY) -m benchmarks.run $(OP)
 bench: build
 	$(PY) -m pip install -q -e ".[bench]" --no-build-isolation
 	$(BENCH) --cases model,overhead --what time $(ARGS)
 	$(BENCH) --cases sweep --what time --modes fwdbwd --dtypes fp32 $(ARGS)
+	if command -v perf > /dev/null; then $(PY) -m benchmarks.profile; fi
 	$(BENCH) --cases model --what memory --modes fwdbwd $(ARGS)
 	$(BENCH) --cases sweep --what memory --modes fwdbwd --dtypes fp32 $(ARGS)
-	if command -v perf > /dev/null; then $(PY) -m benchmarks.profile; fi
 	$(PY) -m benchmarks.report
 
 test: lint

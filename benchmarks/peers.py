@@ -24,6 +24,7 @@ Run = Callable[..., tuple[Tensor, ...]]
 # results being written), and the share of the memory a peer may take before it is skipped.
 _SCORE_COPIES = 6
 _MEMORY_SHARE = 0.5
+_CHUNKED_SCORES = 8192**2  # what F.linear_cross_entropy's chunks take seconds for
 
 
 class Skip(Exception):
@@ -215,6 +216,8 @@ def _linear_cross_entropy(options: bool) -> Callable[[BenchCase, str], Run]:
             raise Skip("one problem with row i matching column i only")
         if not hasattr(F, "linear_cross_entropy"):
             raise Skip("this torch has no F.linear_cross_entropy")
+        if options and case.scores() > _CHUNKED_SCORES:
+            raise Skip("not run beyond 8192 x 8192: it would take longer than all the rest")
         chunks = {"options": nn.LinearCrossEntropyOptions()} if options else {}
 
         def run(x: Tensor, y: Tensor, logit_scale: Tensor) -> tuple[Tensor, ...]:
