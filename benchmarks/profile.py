@@ -10,6 +10,7 @@ import argparse
 import gc
 import importlib
 import json
+import math
 import re
 import shutil
 import signal
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,11 +62,11 @@ def executed(case: cases.BenchCase, dtype: str) -> float:
     flop = case.flop("fwdbwd")
     if case.op not in testing.LOSSES:
         return flop
-    s = case.shape
-    keeps = min(s.M, s.N) >= pairs.KEEP_ROWS and s.D >= pairs.KEEP_WIDTH
-    size = pairs.SHORT_TILE if dtype == "bf16" else pairs.TILE**2
-    rows, columns = (-(-n // pairs.TILE) for n in (s.M, s.N))
-    kept = min(1.0, pairs.KEEP_BYTES // (4 * size * rows) / columns) if keeps else 0.0
+    s, of = case.shape, cases.DTYPES[dtype]
+    asked = SimpleNamespace(G=math.prod(s.lead), M=s.M, N=s.N, D=s.D, dtype=of)
+    floats = pairs.kept_dots("cpu", asked, torch.empty(0, requires_grad=True))
+    tiles = asked.G * math.prod(-(-n // pairs.TILE) for n in (s.M, s.N))
+    kept = floats / (pairs.dots_tile(of) * tiles)
     return flop * (4 - kept) / 4
 
 

@@ -528,7 +528,7 @@ class PairLossSuite(OpSuite):
 
     def keep(self, tiles, dtype, monkeypatch) -> int:
         """From now on `tiles` tiles of products are kept from any forward; the floats of one."""
-        size = pairs.SHORT_TILE if dtype == torch.bfloat16 else pairs.TILE**2
+        size = pairs.dots_tile(dtype)
         monkeypatch.setattr(pairs, "KEEP_WIDTH", 1)
         monkeypatch.setattr(pairs, "KEEP_ROWS", 1)
         monkeypatch.setattr(pairs, "KEEP_BYTES", tiles * 4 * size)

@@ -182,6 +182,24 @@ FMM_INLINE float max(Vec v) {
 #endif
 }
 
+typedef int16_t ShortVec __attribute__((vector_size(2 * kLanes)));
+
+// The nearest integers of x, |x| < 2^15.
+FMM_INLINE ShortVec to_short(Vec x) {
+#if defined(__AVX512F__)
+  return (ShortVec)_mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)x));
+#else
+  return __builtin_convertvector((IVec)(x + 12582912.0f), ShortVec);  // the sum's low bits
+#endif
+}
+FMM_INLINE Vec to_float(ShortVec n) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32((__m256i)n));
+#else
+  return __builtin_convertvector(n, Vec);
+#endif
+}
+
 FMM_INLINE float bf16_to_float(uint16_t h) {
   const uint32_t bits = static_cast<uint32_t>(h) << 16;
   float f;

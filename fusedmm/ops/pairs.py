@@ -62,6 +62,11 @@ def coefficients(
     return torch.stack([lse, weight, target, uniform, single])
 
 
+def dots_tile(dtype: torch.dtype) -> int:
+    """Floats of a tile of products that the cpu kernels keep."""
+    return SHORT_TILE if dtype == torch.bfloat16 else TILE * TILE
+
+
 def kept_dots(name: str, asked, *inputs: Tensor) -> int:
     """How many floats of raw products backend `name` leaves for the backward.
 
@@ -77,7 +82,7 @@ def kept_dots(name: str, asked, *inputs: Tensor) -> int:
     if name == "cpu" and asked.D >= KEEP_WIDTH:
         whole = asked.G * -(-asked.M // TILE)
         count = whole * -(-asked.N // TILE)
-        size = SHORT_TILE if asked.dtype == torch.bfloat16 else TILE * TILE
+        size = dots_tile(asked.dtype)
     elif name == "cuda" and (asked.dtype == torch.float32 or asked.D > FUSED_WIDTH):
         count, size, whole = asked.G * asked.M, 8 * -(-asked.N // 8), CHUNK
     else:
