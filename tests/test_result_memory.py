@@ -82,18 +82,18 @@ def test_a_result_is_a_tensor_like_others():
     assert t.is_shared() and (t == 1).all()
 
 
-def test_at_most_512_mib_are_kept_and_64_of_them_not_lent():
-    """Of ten results of 80 MiB six stay, and the system may take them all back."""
+def test_at_most_256_mib_are_kept_and_64_of_them_not_lent():
+    """Of ten results of 40 MiB six stay, and the system may take them all back."""
     kept, lent, held = _printed("""
-ten = [large(80) for _ in range(10)]
+ten = [large(40) for _ in range(10)]
 before = field("Rss")
 ten.clear()
-print(800 - (before - field("Rss")), field("LazyFree"))
+print(400 - (before - field("Rss")), field("LazyFree"))
 large(48)
-print(field("Rss") - field("LazyFree") - (before - 800))
+print(field("Rss") - field("LazyFree") - (before - 400))
 """)
-    assert 470 <= kept <= 520, f"{kept} MiB stay"
-    assert lent >= 470, f"{lent} MiB are lent"
+    assert 230 <= kept <= 260, f"{kept} MiB stay"
+    assert lent >= 190, f"{lent} MiB are lent"
     assert 40 <= held <= 80, f"{held} MiB are not lent"
 
 

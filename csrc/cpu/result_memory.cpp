@@ -17,7 +17,7 @@ namespace {
 
 constexpr size_t kFrom = size_t{1} << 20;  // malloc keeps what is smaller
 constexpr size_t kHeld = size_t{64} << 20;
-constexpr size_t kAll = size_t{512} << 20;
+constexpr size_t kAll = size_t{256} << 20;
 
 struct Block {
   void* data;
