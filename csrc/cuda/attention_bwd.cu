@@ -2,6 +2,8 @@
 // dq (row softmax) and dk, dv (column softmax), and bi_attention's dqk and dv of either stream
 // where both are long (both softmaxes, s and ds shared). Deterministic: nothing is summed across
 // blocks.
+#include <new>
+
 #include "attention_kernels.h"
 #include "ds.cuh"
 #include "tuning.h"
@@ -210,9 +212,9 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, false>::kThreads, 
     for (int h = slot % slots[1]; h < H; h += slots[1]) {
       const int head = b * H + h;
       __syncthreads();  // orders the reads of the last head's sources before their overwriting
-      if (threadIdx.x == 0) {
-        sources[0] = Sources<T>(p.a, p.width, b, h, kRow, kWidth);
-        sources[1] = Sources<T>(p.b, p.width, b, h, kCol, kWidth);
+      if (threadIdx.x == 0) {  // in place: an assignment copies padding, from local memory
+        new (&sources[0]) Sources<T>(p.a, p.width, b, h, kRow, kWidth);
+        new (&sources[1]) Sources<T>(p.b, p.width, b, h, kCol, kWidth);
       }
       const float centre = centre_of(p, head);
       for (int m0 = tile_m * S::kRows; m0 < end_m; m0 += S::kRows) {
