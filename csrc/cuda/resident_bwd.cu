@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   const Tiles<T, kWidth> tb = L::resident(base);
   const Tile<T, S::kCols, true> ds_rows{base + L::kP}, pf_rows{ds_rows.base + L::kEachP};
   const Tile<T, S::kChunk, true> room{ds_rows.address(row0, 0)};
-  const Keep keep_a(a.keep, b), keep_b(other.keep, b);
+  const Keep keep_a(a.keep, b);
   const float centre = centre_of(pair, head);
 
   // In shared memory: between loads they take no registers.
@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   __syncthreads();  // orders the last reads of shared memory before the results
   using Room = Tile<T, 8 * kDC, true>;
   const Room to{base + warp * 16 * Room::kRowBytes};
+  const Keep keep_b(other.keep, b);
   const int64_t rows = other.rows, width = pair.width, width_v = other.width_v;
 #pragma unroll
   for (int m = 0; m < kMC; ++m) {
