@@ -103,8 +103,7 @@ struct Contrastive {
     __device__ float* columns(int stat) { return room_.columns[stat][warp()]; }
 
     template <bool kMarked>
-    __device__ void reduce(float (&s)[kMT][kNT][4], const PairBits<kMT>& pos,
-                           const PairBits<kMT>& out) {
+    __device__ void reduce(float (&s)[kMT][kNT][4], const PairBits<kMT>& pos, PairBits<kMT> out) {
       const auto value = [&](int m, int n, int i) {
         return kMarked && out.has(m, n, i) ? 0.0f : s[m][n][i];
       };
@@ -113,6 +112,7 @@ struct Contrastive {
         total_[k / 2][k % 2] += fold_row<kNT>(k / 2, k % 2, Add(), value);
       }
       if (p_.part_y) {
+        if (kMarked) out = out.anew();
         fold_columns<kMT, kNT>(columns(kTotal), Add(), value);
         if constexpr (kMarked) {
           fold_columns<kMT, kNT>(columns(kCount), Add(), [&](int m, int n, int i) {
@@ -179,7 +179,7 @@ struct Contrastive {
     }
 
     // A warp's positives: into the rows' own, and the columns' statistics of the tile.
-    __device__ void positives(const float (&s)[kMT][kNT][4], const PairBits<kMT>& pos) {
+    __device__ void positives(const float (&s)[kMT][kNT][4], PairBits<kMT> pos) {
       const auto in = [&](int m, int n, int i) { return pos.has(m, n, i); };
       const auto value = [&](int m, int n, int i) { return in(m, n, i) ? s[m][n][i] : 0.0f; };
       const auto one = [&](int m, int n, int i) { return in(m, n, i) ? 1.0f : 0.0f; };
@@ -204,6 +204,7 @@ struct Contrastive {
         }
       }
       if (!p_.part_y) return;
+      pos = pos.anew();
       columns_lse(kPosTop, s, in);
       fold_columns<kMT, kNT>(columns(kSumPos), Add(), value);
       fold_columns<kMT, kNT>(columns(kCountPos), Add(), one);

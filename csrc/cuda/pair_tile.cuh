@@ -85,6 +85,14 @@ template <int kMT>
 struct PairBits {
   uint32_t word[kMT];
   __device__ bool has(int m, int n, int i) const { return word[m] >> (n * 4 + i) & 1; }
+  // The same unknown to the compiler, which then selects by them anew in place of keeping a tile of
+  // what it selected before.
+  __device__ PairBits anew() const {
+    PairBits same;
+#pragma unroll
+    for (int m = 0; m < kMT; ++m) same.word[m] = kept_register(word[m]);
+    return same;
+  }
 };
 
 // Which entries of the tile are targets, and which are outside the denominator or the matrix. False
@@ -94,22 +102,29 @@ __device__ inline bool find_matches(PairBits<kMT>& pos, PairBits<kMT>& out, cons
                                     const ScoreRows<kMT>& rows, const LaneAt& at) {
   static_assert(kNT * 4 <= 32);
   const int n0 = at.col - threadIdx.x % 4 * 2;
-  bool look = s.ids_x.data || at.row_of(kMT - 1, 2) >= s.M || n0 + 8 * kNT > s.N;
+  const bool all = s.ids_x.data || at.row_of(kMT - 1, 2) >= s.M || n0 + 8 * kNT > s.N;
+  bool look = all;
 #pragma unroll
   for (int k = 0; k < 2 * kMT; ++k) {
     const int mate = rows.mate[k / 2][k % 2];
     look = look || (mate >= n0 && mate < n0 + 8 * kNT);
   }
   if (!__any_sync(~0u, look)) return false;
+#pragma unroll
+  for (int m = 0; m < kMT; ++m) pos.word[m] = out.word[m] = 0;
+#pragma unroll
+  for (int k = 0; k < 2 * kMT; ++k) {
+    const uint32_t d = rows.mate[k / 2][k % 2] - at.col;
+    if (d < 8 * kNT && d % 8 < 2) pos.word[k / 2] |= 1u << (d / 8 * 4 + k % 2 * 2 + d % 8);
+  }
+  if (!all) return true;
   int64_t id[kMT][2];
 #pragma unroll
   for (int k = 0; k < 2 * kMT; ++k) {
     const int row = at.row_of(k / 2, k % 2 * 2);
     id[k / 2][k % 2] = s.ids_x.data && row < s.M ? index_at(s.ids_x, at.g, row) : 0;
   }
-#pragma unroll
-  for (int m = 0; m < kMT; ++m) pos.word[m] = out.word[m] = 0;
-#pragma unroll
+#pragma unroll 1  // rare; unrolled, it takes registers that others then lack
   for (int n = 0; n < kNT; ++n) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -120,7 +135,7 @@ __device__ inline bool find_matches(PairBits<kMT>& pos, PairBits<kMT>& out, cons
         const int m = k / 2, h = k % 2;
         const bool outside = at.row_of(m, 2 * h) >= s.M || col >= s.N;
         const bool hit = rows.mate[m][h] == col, same = s.ids_x.data && id[m][h] == id_y;
-        const bool is_pos = !outside && (hit || (same && !s.ignore));
+        const bool is_pos = !outside && same && !s.ignore;
         const bool is_out = outside || (same && s.ignore && !hit);
         pos.word[m] |= uint32_t{is_pos} << (n * 4 + 2 * h + c);
         out.word[m] |= uint32_t{is_out} << (n * 4 + 2 * h + c);
