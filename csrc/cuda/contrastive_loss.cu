@@ -274,9 +274,11 @@ struct Contrastive {
   static __device__ float score(float s, float) { return s; }
   static __device__ float ds(float s, const Known& r, const Known& c) { return r.ds(s) + c.ds(s); }
   template <int kRows, int kCols>
-  static __device__ float ds_match(float s, const Known& r, const Known& c, FactTile<kRows> rows,
-                                   int row, FactTile<kCols> cols, int col) {
-    return r.ds_match(s, rows, row) + c.ds_match(s, cols, col);
+  static __device__ float ds_marked(bool match, float s, const Known& r, const Known& c,
+                                    FactTile<kRows> rows, int row, FactTile<kCols> cols, int col) {
+    float ds = r.ds(s) + c.ds(s);
+    if (match) ds = r.ds_match(s, rows, row) + c.ds_match(s, cols, col);
+    return ds;
   }
 };
 

@@ -148,16 +148,17 @@ struct DsTile {
         const Known& r = row[m][h];
         const float dot = x[m][n][i], scale = r.scale * col[c].scale;
         const float s = Loss::score(dot * scale, bias);
-        float ds = Loss::ds(s, r, col[c]);
+        float ds;
         if constexpr (kMarked) {
           const int here = local(m, h), m_at = at.row_of(m, i), n_at = at.col_of(n, i);
           const bool outside = m_at >= end_rows || n_at >= end_cols;
           const bool hit = rows.mate(here) == n_at || cols.mate(near + c) == m_at;
           const bool same = ids && rows.same_id(here, cols, near + c);
-          if (hit || (same && !ignore)) {
-            ds = Loss::ds_match(s, r, col[c], rows, here, cols, near + c);
-          }
+          const bool match = hit || (same && !ignore);
+          ds = Loss::ds_marked(match, s, r, col[c], rows, here, cols, near + c);
           if (outside || (same && ignore && !hit)) ds = 0.0f;
+        } else {
+          ds = Loss::ds(s, r, col[c]);
         }
         along[m][h] = fmaf(ds, dot, along[m][h]);
         if constexpr (Loss::kSums > 1) total[m][h] += ds;

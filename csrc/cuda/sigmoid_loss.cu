@@ -82,9 +82,10 @@ struct Sigmoid {
     return r.weight * c.weight * sigmoid(s);
   }
   template <int kRows, int kCols>
-  static __device__ float ds_match(float s, const Known& r, const Known& c, FactTile<kRows>, int,
-                                   FactTile<kCols>, int) {
-    return -r.weight * c.weight * sigmoid(-s);
+  static __device__ float ds_marked(bool match, float s, const Known& r, const Known& c,
+                                    FactTile<kRows>, int, FactTile<kCols>, int) {
+    const float sign = match ? -1.0f : 1.0f;
+    return sign * r.weight * c.weight * sigmoid(sign * s);
   }
 };
 
