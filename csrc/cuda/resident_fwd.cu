@@ -5,7 +5,8 @@
 //   ref)
 //
 // `top` and the columns' references stay until a tile exceeds one by 2^11 or lies out of reach of
-// fp32; then they are set anew and the sums rescaled, as for the first tile.
+// fp32; then they are set anew and the sums rescaled, as for the first tile. bf16 reaches as far as
+// fp32: there p_col has no gain, and the sums of columns near `top` refer to that.
 #include "attention_kernels.h"
 #include "softmax.cuh"
 #include "tuning.h"
@@ -16,7 +17,7 @@ namespace {
 // What a block knows of the resident stream's tokens.
 template <typename S>
 struct Columns {
-  float ref[S::kCols], gain[S::kCols], alpha[S::kCols], total[S::kCols];
+  float ref[S::kCols], unit[S::kCols], gain[S::kCols], alpha[S::kCols], total[S::kCols];
   float most[S::kWarps][S::kCols], top[S::kWarps];
 };
 
@@ -39,9 +40,9 @@ __device__ inline float column_max(float x) {
 }
 
 // New references from this tile's s: ref = max(ref, the column's maximum), top = max u, both over
-// rows that are keys; alpha = 2^(old ref - ref). Returns top, and whether p_col lies within e's
-// reach.
-template <typename S>
+// rows that are keys; unit: what the column's sums refer to; alpha = 2^(old unit - unit). Returns
+// top, and whether p_col lies within e's reach.
+template <bool kGain, typename S>
 __device__ inline bool set_references(Columns<S>& c, float& top, const float (&s)[S::kNT][4],
                                       const float (&u)[2], const bool (&keep)[2], float unit,
                                       int64_t cols) {
@@ -64,11 +65,12 @@ __device__ inline bool set_references(Columns<S>& c, float& top, const float (&s
     float ref = c.ref[n];
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) ref = fmaxf(ref, c.most[w][n]);
-    const float safe = finite_or(ref, 0.0f), reach = top - safe;
-    c.alpha[n] = exp2_fast(c.ref[n] - safe);
+    const float reach = top - ref, now = kGain || !(fabsf(reach) <= 80.0f) ? ref : top;
+    c.alpha[n] = exp2_fast(c.unit[n] - finite_or(now, 0.0f));
     c.ref[n] = ref;
-    c.gain[n] = ref == -kInf ? 0.0f : exp2_fast(reach);
-    lost = lost || (n < cols && (ref == -kInf || !(fabsf(reach) <= 80.0f)));
+    c.unit[n] = now;
+    if (kGain) c.gain[n] = ref == -kInf ? 0.0f : exp2_fast(reach);
+    lost = lost || (n < cols && !(fabsf(reach) <= 80.0f));
   }
   return !__syncthreads_or(lost);  // and orders the new state before its use
 }
@@ -79,6 +81,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   using S = ResidentFwd<kWidth, kCols>;
   using L = Layout<T, kWidth, S>;
   constexpr int kNT = S::kNT, kMC = S::kMC, kDC = S::kDC, kSteps = kCols / kStep<T>;
+  constexpr bool kGain = std::is_same_v<T, __half>;
   static_assert(S::kMT == 1 && sizeof(T) == 2);
   extern __shared__ __align__(1024) char smem[];
   const Attention& all = p.all;
@@ -108,9 +111,11 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   load_tile<kCols, S::kThreads>(qk_b, Matrix<T>(other.qk, b, h, other.rows, pair.width), 0);
   load_tile<kCols, S::kThreads>(v_b, Matrix<T>(other.v, b, h, other.rows, other.width_v, keep_b),
                                 0);
-  for (int n = threadIdx.x; n < kCols; n += S::kThreads) state.ref[n] = -kInf;
+  for (int n = threadIdx.x; n < kCols; n += S::kThreads) {
+    state.ref[n] = state.unit[n] = -kInf;
+  }
   const Lanes<Tile<T, kWidth>> lanes(kCols < 128);
-  const Lanes<Tile<T, kCols, true>> lanes_p;
+  const Lanes<Tile<T, kCols, true>> lanes_p(kCols < 128);
   float acc[kMC][kDC][4], total[2 * kNT], top = 0.0f;
   clear(acc);
 #pragma unroll
@@ -136,7 +141,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       uint64_t passes[1];
       clear(s);
       dot_tile(s, qk_a, row0, qk_b, lanes);
-      s_tile(s, pair, b, h, m0 + row0, 0, passes);
+      // Opaque to the compiler, which would compute for every tile what only a bias needs.
+      s_tile(s, pair, kept_register(b), kept_register(h), kept_register(m0 + row0), 0, passes);
       if (other.rows < kCols) {
 #pragma unroll
         for (int i = 0; i < kNT * 4; ++i) {
@@ -159,7 +165,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       }
       bool near = true, over = false;
       if (stale || again) {
-        near = set_references(state, top, s[0], u, keep, unit, other.rows);
+        near = set_references<kGain>(state, top, s[0], u, keep, unit, other.rows);
 #pragma unroll
         for (int i = 0; i < kMC * kDC * 4; ++i) {
           const int m = i / (kDC * 4), d = i / 4 % kDC, r = i % 4 / 2;
@@ -174,8 +180,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       if (again) {
 #pragma unroll
         for (int i = 0; i < 4 * kNT; ++i) {
-          const float ref = finite_or(state.ref[i / 4 * 8 + lane % 4 * 2 + i % 2], 0.0f);
-          s[0][i / 4][i % 4] = exp2_fast(fmaf(s[0][i / 4][i % 4], unit, -ref));
+          const float of = finite_or(state.unit[i / 4 * 8 + lane % 4 * 2 + i % 2], 0.0f);
+          s[0][i / 4][i % 4] = exp2_fast(fmaf(s[0][i / 4][i % 4], unit, -of));
         }
       } else {
         // Rows: o = e @ v_b / sum.
@@ -238,7 +244,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         const float r[2] = {exp2_fast(u[0] - top), exp2_fast(u[1] - top)};
 #pragma unroll
         for (int n = 0; n < kNT; ++n) {
-          const float2 gain = *reinterpret_cast<float2*>(&state.gain[n * 8 + lane % 4 * 2]);
+          float2 gain = make_float2(1.0f, 1.0f);
+          if (kGain) gain = *reinterpret_cast<float2*>(&state.gain[n * 8 + lane % 4 * 2]);
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[0][n][i] *= r[i / 2] * (i % 2 ? gain.y : gain.x);
         }
@@ -255,9 +262,10 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < 2 * kNT; ++i) {
         part[i / 2][i % 2] = s[0][i / 2][i % 2] + s[0][i / 2][i % 2 + 2];
+        asm volatile("" : "+f"(part[i / 2][i % 2]));  // now: later it would take copies of s
         most = fmaxf(most, part[i / 2][i % 2]);
       }
-      over = (over || most > 2048.0f) && !again;
+      over = (over || (kGain && most > 2048.0f)) && !again;
       if (all.dropout.on) {
         uint64_t on[1];
         drop_bits<1, kNT>(on, all.dropout, pair.drop_b, pair.flip, head, m0 + row0, 0);
@@ -289,7 +297,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
     for (int w = 0; w < S::kWarps; ++w) sum += state.most[w][n];
     state.total[n] = sum == 0.0f ? 0.0f : 1.0f / sum;
     const double lse2 =
-        sum == 0.0f ? -kInf : static_cast<double>(finite_or(state.ref[n], 0.0f)) + log2_fast(sum);
+        sum == 0.0f ? -kInf : static_cast<double>(finite_or(state.unit[n], 0.0f)) + log2_fast(sum);
     if (n < other.rows) {
       if (p.chunks > 1) {
         p.part_lse[blockIdx.x * other.rows + n] = lse2;
