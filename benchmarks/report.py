@@ -340,7 +340,8 @@ def bars(op: str, result: Result, plt) -> None:
             at = [i for i, r in enumerate(shown) if name in r["times"]]
             height = [shown[i]["times"][name]["p50"] / shown[i]["times"]["ours"]["p50"] for i in at]
             place = [i - 0.4 + (k + 0.5) * width for i in at]
-            ax.bar(place, height, width, color=COLOURS[name], label=name)
+            if at:  # no bars have no colour, in the legend either
+                ax.bar(place, height, width, color=COLOURS[name], label=name)
         for i, r in enumerate(shown):
             ax.plot([i - 0.42, i + 0.42], [r["ratio"]] * 2, color="black", linewidth=1.2)
             ax.annotate(
