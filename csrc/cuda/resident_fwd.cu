@@ -141,8 +141,10 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       uint64_t passes[1];
       clear(s);
       dot_tile(s, qk_a, row0, qk_b, lanes);
-      // Opaque to the compiler, which would compute for every tile what only a bias needs.
-      s_tile(s, pair, kept_register(b), kept_register(h), kept_register(m0 + row0), 0, passes);
+      // Opaque to the compiler, which would compute for every tile what only a bias needs; 128
+      // tokens have no registers for it.
+      const auto hide = [](int x) { return kCols < 128 ? static_cast<int>(kept_register(x)) : x; };
+      s_tile(s, pair, hide(b), hide(h), hide(m0 + row0), 0, passes);
       if (other.rows < kCols) {
 #pragma unroll
         for (int i = 0; i < kNT * 4; ++i) {
