@@ -28,7 +28,7 @@ struct Block {
 class Blocks {
  public:
   // The smallest of the kept ones that is large enough and not a quarter larger, else a new one.
-  // data is null if there is no memory.
+  // Where there is no memory those kept are given back first; then data is null.
   Block take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = kept_.end();
@@ -36,7 +36,12 @@ class Blocks {
       const bool fits = it->size >= bytes && it->size - bytes <= bytes / 4;
       if (fits && (best == kept_.end() || it->size < best->size)) best = it;
     }
-    if (best == kept_.end()) return map(bytes);
+    if (best == kept_.end()) {
+      const Block fresh = map(bytes);
+      if (fresh.data) return fresh;
+      drop(kept_.begin());
+      return map(bytes);
+    }
     const Block found{best->data, best->size};
     kept_.erase(best);
     return found;
@@ -44,21 +49,25 @@ class Blocks {
 
   void give(const Block& block) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (block.size > kAll) {
+      munmap(block.data, block.size);
+      return;
+    }
     kept_.push_front(block);
     size_t total = 0;
-    for (auto it = kept_.begin(); it != kept_.end();) {
+    for (auto it = kept_.begin(); it != kept_.end(); ++it) {
       total += it->size;
-      if (total > kAll) {
-        munmap(it->data, it->size);
-        it = kept_.erase(it);
-        continue;
-      }
+      if (total > kAll) return drop(it);
       if (total > kHeld && !it->lent) it->lent = madvise(it->data, it->size, MADV_FREE) == 0;
-      ++it;
     }
   }
 
  private:
+  void drop(std::list<Block>::iterator first) {
+    for (auto it = first; it != kept_.end(); ++it) munmap(it->data, it->size);
+    kept_.erase(first, kept_.end());
+  }
+
   static Block map(size_t bytes) {
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) return {nullptr, 0};

@@ -7,8 +7,8 @@ namespace fmm::cpu {
 
 // at::empty on the CPU. malloc maps and unmaps what is large, and every call then faults its
 // results in anew, page by page, which costs as much as the products of a narrow attention. Of what
-// was freed here the newest 64 MiB stay as they are; up to 256 MiB are lent to the system, which
-// takes them when it runs short.
+// was freed here 256 MiB are kept: the newest 64 stay as they are, the others are lent to the
+// system, which takes them when it runs short.
 at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 }  // namespace fmm::cpu

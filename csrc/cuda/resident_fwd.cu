@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < 2 * kNT; ++i) {
         part[i / 2][i % 2] = s[0][i / 2][i % 2] + s[0][i / 2][i % 2 + 2];
-        asm volatile("" : "+f"(part[i / 2][i % 2]));  // now: later it would take copies of s
+        asm volatile("" : "+f"(part[i / 2][i % 2]));  // after the barrier it takes copies of s
         most = fmaxf(most, part[i / 2][i % 2]);
       }
       over = (over || (kGain && most > 2048.0f)) && !again;
