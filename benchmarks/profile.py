@@ -1,6 +1,7 @@
 """python -m benchmarks.profile: where the time of the cpu kernels goes, sampled by Linux's perf.
 
-A process calls forward and backward of a case of cases.py for some seconds while perf samples it.
+A process calls a case of cases.py, mostly forward and backward, while perf samples it for some
+seconds.
 Products are the micro-kernel's samples; their rate is the FLOP they execute, raw products that a
 loss keeps from forward to backward counted once, over the time that all threads spent in them,
 beside the FMA peak of one thread in the same run.
@@ -42,25 +43,27 @@ PARTS = (
     ("torch, python", r""),
 )
 CASES = (
-    ("bi_attention", "grounding-dino", "fp32"),
-    ("bi_attention", "grounding-dino-4k", "bf16"),
-    ("bi_attention", "bixt", "fp32"),
-    ("bi_attention", "vilbert", "fp32"),
-    ("co_attention", "grounding-dino", "fp32"),
-    ("co_attention", "grounding-dino-4k", "bf16"),
-    ("co_attention", "generic", "bf16"),
-    ("contrastive_loss", "clip-4k", "bf16"),
-    ("contrastive_loss", "clip-8k", "bf16"),
-    ("contrastive_loss", "region-word", "fp32"),
-    ("sigmoid_loss", "siglip-8k", "fp32"),
+    ("bi_attention", "grounding-dino", "fp32", "fwdbwd"),
+    ("bi_attention", "grounding-dino-4k", "bf16", "fwdbwd"),
+    ("bi_attention", "lightglue", "fp32", "fwd"),
+    ("bi_attention", "bixt", "fp32", "fwdbwd"),
+    ("bi_attention", "vilbert", "fp32", "fwdbwd"),
+    ("co_attention", "grounding-dino", "fp32", "fwdbwd"),
+    ("co_attention", "grounding-dino-4k", "bf16", "fwdbwd"),
+    ("co_attention", "generic", "fp32", "fwd"),
+    ("co_attention", "generic", "bf16", "fwdbwd"),
+    ("contrastive_loss", "clip-4k", "bf16", "fwdbwd"),
+    ("contrastive_loss", "clip-8k", "bf16", "fwdbwd"),
+    ("contrastive_loss", "region-word", "fp32", "fwdbwd"),
+    ("sigmoid_loss", "siglip-8k", "fp32", "fwdbwd"),
 )
 THREADS = (1, 2)
 
 
-def executed(case: cases.BenchCase, dtype: str) -> float:
-    """FLOP of the products of a forward and backward, those that are kept counted once."""
-    flop = case.flop("fwdbwd")
-    if case.op not in testing.LOSSES:
+def executed(case: cases.BenchCase, dtype: str, mode: str) -> float:
+    """FLOP of the products of a call, those that stay from forward to backward counted once."""
+    flop = case.flop(mode)
+    if case.op not in testing.LOSSES or mode == "fwd":
         return flop
     s, of = case.shape, cases.DTYPES[dtype]
     asked = SimpleNamespace(G=math.prod(s.lead), M=s.M, N=s.N, D=s.D, dtype=of)
@@ -70,13 +73,13 @@ def executed(case: cases.BenchCase, dtype: str) -> float:
     return flop * (4 - kept) / 4
 
 
-def child(op: str, name: str, dtype: str, threads: int) -> None:
+def child(op: str, name: str, dtype: str, mode: str, threads: int) -> None:
     """Calls for as many seconds as stdin says; writes a line when calls are warm, one of their
     times and, when stdin has another line, one of the FMA peak."""
     torch.set_num_threads(threads)
     case = next(c for c in cases.CASES[op] if c.name == name)
-    ours = peers.select(op, ["ours"])[0].make(case, "fwdbwd", cases.DTYPES[dtype].itemsize)
-    call = measure.steps(ours, case.make(dtype), "fwdbwd")
+    ours = peers.select(op, ["ours"])[0].make(case, mode, cases.DTYPES[dtype].itemsize)
+    call = measure.steps(ours, case.make(dtype), mode)
     peak = importlib.import_module("fusedmm._C").fma_peak
     before = peak(dtype == "bf16", 1)
     for _ in range(2):
@@ -96,9 +99,12 @@ def child(op: str, name: str, dtype: str, threads: int) -> None:
     sys.stdout.write(f"{max(before, peak(dtype == 'bf16', 1))}\n")
 
 
-def sample(op: str, name: str, dtype: str, threads: int, seconds: float) -> dict[str, Any]:
+def sample(
+    op: str, name: str, dtype: str, mode: str, threads: int, seconds: float
+) -> dict[str, Any]:
     """Shares of one case and the rate of its products."""
-    command = [sys.executable, "-m", "benchmarks.profile", "--child", op, name, dtype, str(threads)]
+    asked = [op, name, dtype, mode, str(threads)]
+    command = [sys.executable, "-m", "benchmarks.profile", "--child", *asked]
     pipe = subprocess.PIPE
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder) / "perf.data")
@@ -127,9 +133,10 @@ def sample(op: str, name: str, dtype: str, threads: int, seconds: float) -> dict
     case = next(c for c in cases.CASES[op] if c.name == name)
     in_products = counts["products"] / HERTZ / said["calls"]
     return {
-        "op": op, "case": name, "dtype": dtype, "threads": threads, **said, "samples": total,
+        "op": op, "case": name, "dtype": dtype, "mode": mode, "threads": threads, **said,
+        "samples": total,
         "shares": {part: n / total for part, n in counts.items()},
-        "products_of_peak": executed(case, dtype) / in_products / peak,
+        "products_of_peak": executed(case, dtype, mode) / in_products / peak,
     }  # fmt: skip
 
 
@@ -147,10 +154,10 @@ def main(argv: list[str]) -> None:
         help="names; default all, and the result is kept",
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="a case")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
-        child(*args.child[:3], int(args.child[3]))
+        child(*args.child[:4], int(args.child[4]))
         return
     known = {case[1] for case in CASES}
     if args.cases is not None and not known.issuperset(args.cases):

@@ -239,7 +239,7 @@ def scaling_table(results: dict[str, Result]) -> str:
 
 
 def profile_table(machine: str) -> str:
-    """Where the time of forward and backward goes, of benchmarks.profile."""
+    """Where the time goes, of benchmarks.profile."""
     path = RESULTS / machine / "profile.json"
     if not path.exists():
         return "Not measured."
@@ -248,7 +248,7 @@ def profile_table(machine: str) -> str:
     for r in kept["rows"]:
         shares = [f"{r['shares'][part]:.0%}" for part in parts]
         rate = f"{r['products_of_peak']:.0%}"
-        name = f"{r['op']} {r['case']}"
+        name = f"{r['op']} {r['case']} {r['mode']}"
         rows.append(
             (name, r["dtype"], str(r["threads"]), milliseconds(r["seconds"]), *shares, rate)
         )
