@@ -14,9 +14,36 @@ constexpr int smem_bytes() {
   return tiles + 2 * static_cast<int>(sizeof(Matrix<T>));
 }
 
-// How far, in base 2, scores may exceed the maximum that a row's sums refer to before they are
-// scaled anew: p stays within 2^8, which every type holds.
-constexpr float kSlack = 8.0f;
+// The sum of a lane's p of a row and tile beyond which the row's reference is set anew: every type
+// holds p.
+constexpr float kMost = 2048.0f;
+
+// What a row of a lane's accumulators refers to: p = 2^(s + less), less = -max s of the tile that
+// set it, 0 before any key was seen.
+struct Reference {
+  float less = 0.0f;
+  bool known = false;
+};
+
+// A reference no lower than row r's scores, and its sums scaled to it.
+template <int kNT, int kDT>
+__device__ inline void raise_row(Reference& ref, float& total, float (&o)[kDT][4],
+                                 const float (&s)[kNT][4], int r, float unit) {
+  float most = -kInf;
+#pragma unroll
+  for (int i = 0; i < 2 * kNT; ++i) most = fmaxf(most, s[i / 2][2 * r + i % 2]);
+  // One rounding of the shift, which every later exponent repeats.
+  most = quad_max(most) * unit;
+  if (ref.known) {
+    most = fmaxf(most, -ref.less);
+    const float alpha = exp2_fast(-ref.less - most);
+    total *= alpha;
+#pragma unroll
+    for (int i = 0; i < 2 * kDT; ++i) o[i / 2][2 * r + i % 2] *= alpha;
+  }
+  ref.known = most != -kInf;
+  ref.less = ref.known ? -most : 0.0f;
+}
 
 // A block owns kRows queries of one head and walks the keys; p stays in registers.
 template <typename T, int kWidth, bool kTall>
@@ -45,10 +72,12 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
   const float unit = unit_of(p);
 
   const Lanes<Tile<T, kWidth>> lanes;
-  float o[kMT][kDT][4], top[kMT][2], total[kMT][2];
+  float o[kMT][kDT][4], total[kMT][2];
+  Reference ref[kMT][2];
+  bool raise = true;  // some rows have none; else they stay, and a tile takes no maximum
   clear(o);
 #pragma unroll
-  for (int i = 0; i < 2 * kMT; ++i) top[i / 2][i % 2] = -kInf, total[i / 2][i % 2] = 0.0f;
+  for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] = 0.0f;
 
   load_tile<S::kRows, S::kThreads>(q, Matrix<T>(p.a.qk, b, h, p.a.rows, p.width), m0);
   __syncthreads();  // orders the writes of `walked` before their reads
@@ -60,57 +89,52 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
   walk<S::kStages>(static_cast<int>(ceil_div(p.b.rows, S::kCols)), load, [&](int j, int stage) {
     const Tile<T, kWidth> k{stages + 2 * stage * kTileBytes}, v{k.base + kTileBytes};
     const int n0 = j * S::kCols;
-    float s[kMT][kNT][4];
-    clear(s);
-    dot_scores(s, q, row0, k, lanes);
-    uint64_t passes[kMT];
-    s_tile(s, p, b, h, m0 + row0, n0, passes);
     const ColumnBits<kNT> kept(keep, n0, p.b.rows);
-    if (!kept.all) {
+    float s[kMT][kNT][4], part[kMT][2];
+    bool again;
+    do {
+      uint64_t passes[kMT];
+      clear(s);
+      dot_scores(s, q, row0, k, lanes);
+      s_tile(s, p, b, h, m0 + row0, n0, passes);
+      if (!kept.all) {
 #pragma unroll
-      for (int m = 0; m < kMT; ++m) {
+        for (int m = 0; m < kMT; ++m) {
 #pragma unroll
-        for (int i = 0; i < kNT * 4; ++i) {
-          if (!kept.has(i / 4, i % 4)) s[m][i / 4][i % 4] = -kInf;
+          for (int i = 0; i < kNT * 4; ++i) {
+            if (!kept.has(i / 4, i % 4)) s[m][i / 4][i % 4] = -kInf;
+          }
         }
       }
-    }
+      const bool anew = raise;
+      if (anew) {
+        bool none = false;
 #pragma unroll
-    for (int m = 0; m < kMT; ++m) {
-      float most[2];
-      bool raise = false;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        most[r] = -kInf;
-#pragma unroll
-        for (int i = 0; i < 2 * kNT; ++i) most[r] = fmaxf(most[r], s[m][i / 2][2 * r + i % 2]);
-        // One rounding of the shift, which every later exponent repeats.
-        most[r] = quad_max(most[r]) * unit;
-        raise = raise || most[r] > top[m][r] + kSlack;
-      }
-      if (__any_sync(~0u, raise)) {
-        float alpha[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          most[r] = fmaxf(most[r], top[m][r]);
-          alpha[r] = exp2_fast(top[m][r] - finite_or(most[r], 0.0f));
-          top[m][r] = most[r];
-          total[m][r] *= alpha[r];
+        for (int i = 0; i < 2 * kMT; ++i) {
+          const int m = i / 2, r = i % 2;
+          raise_row(ref[m][r], total[m][r], o[m], s[m], r, unit);
+          none = none || !ref[m][r].known;
         }
-#pragma unroll
-        for (int i = 0; i < 4 * kDT; ++i) o[m][i / 4][i % 4] *= alpha[i % 4 / 2];
+        raise = __any_sync(~0u, none);
       }
+      bool over = false;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float safe = finite_or(top[m][r], 0.0f);
+      for (int i = 0; i < 2 * kMT; ++i) {
+        const int m = i / 2, r = i % 2;
+        part[m][r] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 2 * kNT; ++i) {
-          float& x = s[m][i / 2][2 * r + i % 2];
-          x = exp2_fast(fmaf(x, unit, -safe));
-          total[m][r] += x;
+        for (int n = 0; n < 2 * kNT; ++n) {
+          float& x = s[m][n / 2][2 * r + n % 2];
+          x = exp2_fast(fmaf(x, unit, ref[m][r].less));
+          part[m][r] += x;
         }
+        over = over || !(part[m][r] <= kMost);
       }
-    }
+      again = !anew && __any_sync(~0u, over);
+      raise = raise || again;
+    } while (again);
+#pragma unroll
+    for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] += part[i / 2][i % 2];
     if (all.dropout.on) {
       uint64_t on[kMT];
       drop_bits<kMT, kNT>(on, all.dropout, p.drop_a, p.flip, head, m0 + row0, n0);
@@ -134,7 +158,7 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
       factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
       const int row = first + lane / 4 + 8 * r;
       if (lane % 4 == 0 && col0 == 0 && row < p.a.rows) {
-        const double lse2 = static_cast<double>(finite_or(top[m][r], 0.0f)) + log2f(sum);
+        const double lse2 = static_cast<double>(log2_fast(sum)) - ref[m][r].less;
         p.a.lse[head * p.a.rows + row] = sum == 0.0f ? -kInf : lse2 * kLn2;
       }
     }
