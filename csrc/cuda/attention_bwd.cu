@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, kTall>::kThreads, 
   // In shared memory: between loads they take no registers.
   Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
   if (threadIdx.x == 0) walked = Sources<T>(p.b, p.width, b, h, kCol, kWidth);
-  load_tiles<S::kRows, S::kThreads, kCol, kRow>(own, Sources<T>(p.a, p.width, b, h, kRow, kWidth),
-                                                m0);
+  const Copier<S::kThreads, Tile<T, kWidth>> copier(true);
+  load_tiles<S::kRows, kCol, kRow>(own, Sources<T>(p.a, p.width, b, h, kRow, kWidth), m0, copier);
   __syncthreads();  // orders the write of `walked` before its reads
   const RowStats stats(p.a, Keep(p.a.keep, b), head, m0 + row0, centre, heads);
   const Lanes<Tile<T, kWidth>> lanes;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, kTall>::kThreads, 
   clear(dv);
   const auto load = [&](int j, int stage) {
     const Tiles<T, kWidth> t = L::walked(base, stage);
-    load_tiles<S::kCols, S::kThreads, kRow, kCol>(t, walked, j * S::kCols);
+    load_tiles<S::kCols, kRow, kCol>(t, walked, j * S::kCols, copier);
     if constexpr (kCol) {
       const uint32_t to = L::stats(base, stage);
       load_stats<S::kCols, S::kThreads>(to, p.b, head, j * S::kCols, heads);
@@ -205,6 +205,7 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, false>::kThreads, 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = warp / S::kSplit * 16;
   const uint32_t base = shared_address(smem);
   const Tiles<T, kWidth> own = L::own(base), other = L::walked(base, 0);
+  const Copier<S::kThreads, Tile<T, kWidth>> copier(false);
   const Lanes<Tile<T, kWidth>> lanes;
   float acc[1][kNT][4];
   clear(acc);
@@ -221,8 +222,8 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, false>::kThreads, 
         const RowStats stats(p.a, Keep(p.a.keep, b), head, m0 + row0, centre, heads);
         for (int n0 = tile_n * S::kCols; n0 < end_n; n0 += S::kCols) {
           __syncthreads();  // orders the reads of the tile before its overwriting, the sources
-          load_tiles<S::kRows, S::kThreads, kCol, kRow>(own, sources[0], m0);
-          load_tiles<S::kCols, S::kThreads, kRow, kCol>(other, sources[1], n0);
+          load_tiles<S::kRows, kCol, kRow>(own, sources[0], m0, copier);
+          load_tiles<S::kCols, kRow, kCol>(other, sources[1], n0, copier);
           if constexpr (kCol) {
             load_stats<S::kCols, S::kThreads>(L::stats(base, 0), p.b, head, n0, heads);
           }

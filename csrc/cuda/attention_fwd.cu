@@ -3,6 +3,7 @@
 // are long.
 #include "attention_kernels.h"
 #include "softmax.cuh"
+#include "sources.cuh"
 #include "tuning.h"
 
 namespace fmm::cuda {
@@ -11,7 +12,7 @@ namespace {
 template <typename T, int kWidth, typename S>
 constexpr int smem_bytes() {
   const int tiles = (S::kRows + 2 * S::kStages * S::kCols) * kWidth * static_cast<int>(sizeof(T));
-  return tiles + 2 * static_cast<int>(sizeof(Matrix<T>));
+  return tiles + static_cast<int>(sizeof(Sources<T>));
 }
 
 // The sum of a lane's p of a row and tile beyond which the row's reference is set anew: every type
@@ -63,12 +64,8 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
   const Tile<T, kWidth> q{shared_address(smem)};
   const uint32_t stages = q.base + S::kRows * kWidth * sizeof(T);
   const Keep keep(p.b.keep, b);
-  // In shared memory: between loads they take no registers.
-  Matrix<T>* walked = reinterpret_cast<Matrix<T>*>(smem + smem_bytes<T, kWidth, S>()) - 2;
-  if (threadIdx.x == 0) {
-    walked[0] = Matrix<T>(p.b.qk, b, h, p.b.rows, p.width, keep);
-    walked[1] = Matrix<T>(p.b.v, b, h, p.b.rows, p.b.width_v, keep);
-  }
+  Sources<T>& walked = *(reinterpret_cast<Sources<T>*>(smem + smem_bytes<T, kWidth, S>()) - 1);
+  if (threadIdx.x == 0) walked = Sources<T>(p.b, p.width, b, h, false, kWidth);
   const float unit = unit_of(p);
 
   const Lanes<Tile<T, kWidth>> lanes;
@@ -80,14 +77,17 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
   for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] = 0.0f;
 
   load_tile<S::kRows, S::kThreads>(q, Matrix<T>(p.a.qk, b, h, p.a.rows, p.width), m0);
-  __syncthreads();  // orders the writes of `walked` before their reads
+  __syncthreads();  // orders the write of `walked` before its reads
+  const Copier<S::kThreads, Tile<T, kWidth>> copier(true);
+  const auto tiles = [&](int stage) -> Tiles<T, kWidth> {
+    const uint32_t k = stages + 2 * stage * kTileBytes, v = k + kTileBytes;
+    return {{k}, {v}, {v}};
+  };
   const auto load = [&](int j, int stage) {
-    const Tile<T, kWidth> k{stages + 2 * stage * kTileBytes}, v{k.base + kTileBytes};
-    load_tile<S::kCols, S::kThreads>(k, walked[0], j * S::kCols);
-    load_tile<S::kCols, S::kThreads>(v, walked[1], j * S::kCols);
+    load_tiles<S::kCols, true, false>(tiles(stage), walked, j * S::kCols, copier);
   };
   walk<S::kStages>(static_cast<int>(ceil_div(p.b.rows, S::kCols)), load, [&](int j, int stage) {
-    const Tile<T, kWidth> k{stages + 2 * stage * kTileBytes}, v{k.base + kTileBytes};
+    const Tiles<T, kWidth> t = tiles(stage);
     const int n0 = j * S::kCols;
     const ColumnBits<kNT> kept(keep, n0, p.b.rows);
     float s[kMT][kNT][4], part[kMT][2];
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
     do {
       uint64_t passes[kMT];
       clear(s);
-      dot_scores(s, q, row0, k, lanes);
+      dot_scores(s, q, row0, t.qk, lanes);
       s_tile(s, p, b, h, m0 + row0, n0, passes);
       if (!kept.all) {
 #pragma unroll
@@ -121,12 +121,11 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
 #pragma unroll
       for (int i = 0; i < 2 * kMT; ++i) {
         const int m = i / 2, r = i % 2;
-        part[m][r] = 0.0f;
 #pragma unroll
         for (int n = 0; n < 2 * kNT; ++n) {
           float& x = s[m][n / 2][2 * r + n % 2];
           x = exp2_fast(fmaf(x, unit, ref[m][r].less));
-          part[m][r] += x;
+          part[m][r] = n ? part[m][r] + x : x;
         }
         over = over || !(part[m][r] <= kMost);
       }
@@ -141,7 +140,7 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
 #pragma unroll
       for (int m = 0; m < kMT; ++m) drop_tile(s[m], on[m], all.dropout.factor);
     }
-    dot_regs(o, s, v, col0, lanes);
+    dot_regs(o, s, t.v, col0, lanes);
   });
 
   __syncthreads();  // orders the last reads of q before the results that take its place

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "softmax.cuh"
+#include "sources.cuh"
 
 namespace fmm::cuda {
 
@@ -55,36 +56,6 @@ __device__ inline void load_stats(uint32_t to, const Stream& b, int head, int n0
   if (stat >= kStats) return;
   const float* from = b.stats.data + (int64_t{heads} * stat + head) * b.stats.padded;
   cp_async16(to + threadIdx.x * 16, from + n0 + at, 16);
-}
-
-// A tile of a's rows: qk, d_o (row softmax) and v (column softmax); and the same of b.
-template <typename T, int kWidth>
-struct Tiles {
-  Tile<T, kWidth> qk, v, d_o;
-};
-
-// Where a stream's rows come from: qk, v if its tokens are keys, d_o if they are queries. What is a
-// key alone may hold anything where it is masked.
-template <typename T>
-struct Sources {
-  Matrix<T> qk, v, d_o;
-  int plain;  // of all that are there
-
-  __device__ Sources(const Stream& s, int64_t width, int b, int h, bool queries, int tile_width)
-      : qk(s.qk, b, h, s.rows, width, queries ? Keep() : Keep(s.keep, b)),
-        v(s.v, b, h, s.rows, s.width_v, Keep(s.keep, b)),
-        d_o(s.d_o, b, h, s.rows, s.width_o),
-        plain(qk.plain(tile_width)) {
-    if (v.data) plain = min(plain, v.plain(tile_width));
-    if (d_o.data) plain = min(plain, d_o.plain(tile_width));
-  }
-};
-
-template <int kRows, int kThreads, bool kV, bool kGrad, typename T, int kWidth>
-__device__ inline void load_tiles(const Tiles<T, kWidth>& t, const Sources<T>& s, int row0) {
-  load_tile<kRows, kThreads>(t.qk, s.qk, row0, s.plain);
-  if constexpr (kV) load_tile<kRows, kThreads>(t.v, s.v, row0, s.plain);
-  if constexpr (kGrad) load_tile<kRows, kThreads>(t.d_o, s.d_o, row0, s.plain);
 }
 
 // s [16, 8 * kNT] of one warp into ds (before the clamp's gate) and pf_row, pf_col, which are the

@@ -75,8 +75,9 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   // In shared memory: between loads they take no registers.
   Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
   if (threadIdx.x == 0) walked = Sources<T>(a, pair.width, b, h, true, kWidth);
-  load_tiles<S::kCols, S::kThreads, true, true>(
-      tb, Sources<T>(other, pair.width, b, h, true, kWidth), 0);
+  const Copier<S::kThreads, Tile<T, kWidth>> copier(true);
+  const Sources<T> resident(other, pair.width, b, h, true, kWidth);
+  load_tiles<S::kCols, true, true>(tb, resident, 0, copier);
   __syncthreads();  // orders the write of `walked` before its reads
   load_stats<S::kCols, S::kThreads>(base + L::kStat, other, head, 0, heads);
   const Lanes<Tile<T, kWidth>> lanes;
@@ -85,8 +86,7 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   clear(dqk);
   clear(dv);
   const auto load = [&](int j, int stage) {
-    load_tiles<S::kRows, S::kThreads, true, true>(L::stage(base, stage), walked,
-                                                  start + j * S::kRows);
+    load_tiles<S::kRows, true, true>(L::stage(base, stage), walked, start + j * S::kRows, copier);
   };
   walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
     const Tiles<T, kWidth> ta = L::stage(base, stage);

@@ -9,6 +9,7 @@
 // fp32: there p_col has no gain, and the sums of columns near `top` refer to that.
 #include "attention_kernels.h"
 #include "softmax.cuh"
+#include "sources.cuh"
 #include "tuning.h"
 
 namespace fmm::cuda {
@@ -28,7 +29,7 @@ struct Layout {
   static constexpr uint32_t kP = 2 * kB + 2 * S::kStages * kA;
   static constexpr uint32_t kState = kP + S::kRows * Tile<T, S::kCols, true>::kRowBytes;
   static constexpr uint32_t kSources = kState + (sizeof(Columns<S>) + 7) / 8 * 8;
-  static constexpr uint32_t kBytes = kSources + 2 * sizeof(Matrix<T>);
+  static constexpr uint32_t kBytes = kSources + sizeof(Sources<T>);
 
   static __device__ uint32_t stage(uint32_t base, int i) { return base + 2 * kB + 2 * i * kA; }
 };
@@ -100,12 +101,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   const Tile<T, S::kChunk, true> room{p_col.address(row0, 0)};
   Columns<S>& state = *reinterpret_cast<Columns<S>*>(smem + L::kState);
   const Keep keep_b(other.keep, b);
-  // In shared memory: between loads they take no registers.
-  Matrix<T>* walked = reinterpret_cast<Matrix<T>*>(smem + L::kSources);
-  if (threadIdx.x == 0) {
-    walked[0] = Matrix<T>(a.qk, b, h, a.rows, pair.width);
-    walked[1] = Matrix<T>(a.v, b, h, a.rows, a.width_v, Keep(a.keep, b));
-  }
+  Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
+  if (threadIdx.x == 0) walked = Sources<T>(a, pair.width, b, h, true, kWidth);
   const float unit = unit_of(pair);
 
   load_tile<kCols, S::kThreads>(qk_b, Matrix<T>(other.qk, b, h, other.rows, pair.width), 0);
@@ -114,6 +111,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   for (int n = threadIdx.x; n < kCols; n += S::kThreads) {
     state.ref[n] = state.unit[n] = -kInf;
   }
+  const Copier<S::kThreads, Tile<T, kWidth>> copier(kCols < 128);
   const Lanes<Tile<T, kWidth>> lanes(kCols < 128);
   const Lanes<Tile<T, kCols, true>> lanes_p(kCols < 128);
   float acc[kMC][kDC][4], total[2 * kNT], top = 0.0f;
@@ -124,15 +122,15 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   __syncthreads();  // orders the writes of `walked` before their reads
 
   const auto load = [&](int j, int stage) {
-    const Tile<T, kWidth> qk{L::stage(base, stage)}, v{qk.base + L::kA};
-    load_tile<S::kRows, S::kThreads>(qk, walked[0], start + j * S::kRows);
-    load_tile<S::kRows, S::kThreads>(v, walked[1], start + j * S::kRows);
+    const uint32_t qk = L::stage(base, stage), v = qk + L::kA;
+    const Tiles<T, kWidth> t{{qk}, {v}, {v}};
+    load_tiles<S::kRows, true, false>(t, walked, start + j * S::kRows, copier);
   };
   walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
     const Tile<T, kWidth> qk_a{L::stage(base, stage)}, v_a{qk_a.base + L::kA};
     const int m0 = start + j * S::kRows, row = m0 + row0 + lane / 4;
     const ColumnBits<kNT> kept(keep_b, 0, keep_b.data ? other.rows : kCols);  // s: -inf past rows
-    const Keep& keys = walked[1].keep;
+    const Keep& keys = walked.v.keep;
     const bool keep[2] = {row < a.rows && keys.at(row), row + 8 < a.rows && keys.at(row + 8)};
     float s[1][kNT][4], u[2], part[kNT][2];
     // A second pass, from s itself, for the rare tile that e and the references cannot serve.

@@ -253,43 +253,64 @@ struct Matrix {
   }
 };
 
+// What a lane copies of tiles of one kind: 16 bytes of every kRowsAtOnce-th row.
+template <int kThreads, typename Of>
+struct Copier {
+  static constexpr int kRowsAtOnce = kThreads / Of::kChunks;
+  static_assert(kRowsAtOnce * Of::kChunks == kThreads && kRowsAtOnce > 0);
+  static_assert(kRowsAtOnce % 8 == 0 || Of::kChunks >= 8);
+  int row, col;
+  uint32_t to;  // bytes from a tile's base
+
+  // `keep`: in a register, which a kernel may be short of.
+  __device__ explicit Copier(bool keep)
+      : row(threadIdx.x / Of::kChunks),
+        col(threadIdx.x % Of::kChunks * Of::kPer16),
+        to(Of::offset(row, col)) {
+    if (keep) to = kept_register(to);
+  }
+  // Its place in a tile kRowsAtOnce * i rows on, but for the bytes of those rows: the permutation
+  // of chunks repeats every eight rows.
+  template <int kI>
+  __device__ uint32_t at(Of tile) const {
+    return (tile.base + to) ^ (kI * kRowsAtOnce % 8 * 16);
+  }
+};
+
 // Starts the copy of rows [row0, row0 + kRows) into the tile; rows outside or not kept and columns
 // past the width become 0, also where memory holds NaN. All threads of the block take part. `plain`
 // is m.plain(kWidth).
-template <int kRows, int kThreads, typename T, int kWidth>
-__device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int row0, int plain) {
+template <int kRows, typename T, int kWidth, int kThreads>
+__device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int row0, int plain,
+                                 const Copier<kThreads, Tile<T, kWidth>>& lane) {
   using Dst = Tile<T, kWidth>;
-  constexpr int kRowsAtOnce = kThreads / Dst::kChunks;
-  static_assert(kRowsAtOnce * Dst::kChunks == kThreads && kRowsAtOnce > 0);
+  constexpr int kRowsAtOnce = Copier<kThreads, Dst>::kRowsAtOnce;
   static_assert(kRows % kRowsAtOnce == 0);
-  const int col = threadIdx.x % Dst::kChunks * Dst::kPer16, first = threadIdx.x / Dst::kChunks;
   const int64_t step = kRowsAtOnce * m.stride_m;
-  const T* from = m.data + (row0 + first) * m.stride_m;
-  // The swizzle repeats every eight rows.
-  if (kRowsAtOnce % 8 == 0 && row0 + kRows <= plain) {
-    const uint32_t to = tile.address(first, col);
-    from += col;
+  const T* from = m.data + (row0 + lane.row) * m.stride_m;
+  if (row0 + kRows <= plain) {
+    from += lane.col;
     unroll<kRows / kRowsAtOnce>([&](auto i) {
-      cp_async16<i * kRowsAtOnce * Dst::kRowBytes>(to, from);
+      cp_async16<i * kRowsAtOnce * Dst::kRowBytes>(lane.template at<i>(tile), from);
       from += step;
     });
     return;
   }
-  from += col * m.stride_d;
-  const int inside = max(0, min(Dst::kPer16, m.width - col));
-  const int bytes = inside * static_cast<int>(sizeof(T)), left = m.rows - row0 - first;
-  if (kRowsAtOnce % 8 == 0 && m.vectors && m.keep.data == nullptr) {
-    const uint32_t to = tile.address(first, col);
+  from += lane.col * m.stride_d;
+  const int inside = max(0, min(Dst::kPer16, m.width - lane.col));
+  const int bytes = inside * static_cast<int>(sizeof(T)), left = m.rows - row0 - lane.row;
+  if (m.vectors && m.keep.data == nullptr) {
     unroll<kRows / kRowsAtOnce>([&](auto i) {
-      cp_async16<i * kRowsAtOnce * Dst::kRowBytes>(to, from, i * kRowsAtOnce < left ? bytes : 0);
+      cp_async16<i * kRowsAtOnce * Dst::kRowBytes>(lane.template at<i>(tile), from,
+                                                   i * kRowsAtOnce < left ? bytes : 0);
       from += step;
     });
     return;
   }
 #pragma unroll 1
   for (int r = 0; r < kRows; r += kRowsAtOnce) {
-    const bool on = r < left && m.keep.at(row0 + first + r);
-    const uint32_t to = tile.address(first + r, col);
+    const bool on = r < left && m.keep.at(row0 + lane.row + r);
+    const uint32_t to = tile.address(lane.row + r, lane.col);
     if (m.vectors) {
       cp_async16(to, from, on ? bytes : 0);
     } else {
@@ -308,13 +329,15 @@ __device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int r
 }
 template <int kRows, int kThreads, typename T, int kWidth>
 __device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int row0) {
-  load_tile<kRows, kThreads>(tile, m, row0, m.plain(kWidth));
+  const Copier<kThreads, Tile<T, kWidth>> lane(false);
+  load_tile<kRows>(tile, m, row0, m.plain(kWidth), lane);
 }
 
 // body(j, stage) for j in [0, n), tile j loaded by load(j, stage) up to kStages - 1 steps ahead.
 // With one stage the load is waited for; with more a tile has one barrier.
 template <int kStages, typename Load, typename Body>
 __device__ inline void walk(int n, const Load& load, const Body& body) {
+  n = static_cast<int>(kept_register(n));
   if constexpr (kStages == 1) {
     for (int j = 0; j < n; ++j) {
       __syncthreads();  // orders the reads of tile j - 1 before its overwriting

@@ -1,0 +1,41 @@
+// Tiles of one stream of attention, and where their rows come from.
+#pragma once
+
+#include "tile.cuh"
+
+namespace fmm::cuda {
+
+// Rows of a stream: qk; v as keys of the row softmax or, of the other stream, the column softmax;
+// d_o, the gradients of their results.
+template <typename T, int kWidth>
+struct Tiles {
+  Tile<T, kWidth> qk, v, d_o;
+};
+
+// Where a stream's rows come from: qk, v if its tokens are keys, d_o if they are queries in a
+// backward. What is a key alone may hold anything where it is masked. Those of a walked stream lie
+// in shared memory: between loads they take no registers.
+template <typename T>
+struct Sources {
+  Matrix<T> qk, v, d_o;
+  int plain;  // of all that are there
+
+  __device__ Sources(const Stream& s, int64_t width, int b, int h, bool queries, int tile_width)
+      : qk(s.qk, b, h, s.rows, width, queries ? Keep() : Keep(s.keep, b)),
+        v(s.v, b, h, s.rows, s.width_v, Keep(s.keep, b)),
+        d_o(s.d_o, b, h, s.rows, s.width_o),
+        plain(qk.plain(tile_width)) {
+    if (v.data) plain = min(plain, v.plain(tile_width));
+    if (d_o.data) plain = min(plain, d_o.plain(tile_width));
+  }
+};
+
+template <int kRows, bool kV, bool kGrad, typename T, int kWidth, int kThreads>
+__device__ inline void load_tiles(const Tiles<T, kWidth>& t, const Sources<T>& s, int row0,
+                                  const Copier<kThreads, Tile<T, kWidth>>& lane) {
+  load_tile<kRows>(t.qk, s.qk, row0, s.plain, lane);
+  if constexpr (kV) load_tile<kRows>(t.v, s.v, row0, s.plain, lane);
+  if constexpr (kGrad) load_tile<kRows>(t.d_o, s.d_o, row0, s.plain, lane);
+}
+
+}  // namespace fmm::cuda
