@@ -161,21 +161,24 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, kTall>::kThreads, 
   });
 
   __syncthreads();  // orders the last reads of a's tiles before the results that take their place
-  using Room = Tile<T, 8 * kDT, true>;
-  const Room room{base + warp * 16 * Room::kRowBytes};
+  using Store = Storer<T, kDT>;
+  const Store store({base + warp * 16 * Store::Stage::kRowBytes}, false);
+  const int64_t first = head * p.a.rows + m0 + row0, rows = p.a.rows - m0 - row0;
   if (p.a.dqk) {
 #pragma unroll
     for (int i = 0; i < 4 * kDT; ++i) dqk[0][i / 4][i % 4] *= p.scale;
-    T* out = static_cast<T*>(p.a.dqk) + head * p.a.rows * p.width;
-    store_tile<T>(out, m0 + row0, p.a.rows, static_cast<int>(p.width), col0, dqk[0], room);
+    const int width = static_cast<int>(p.width);
+    store(store.start(p.a.dqk, first, width) + col0, rows, width, width - col0, dqk[0]);
   }
   if (kCol && p.a.dv) {
+    if (!stats.all()) {
 #pragma unroll
-    for (int i = 0; i < 4 * kDT; ++i) {
-      if (!stats.keep(i % 4 / 2)) dv[0][i / 4][i % 4] = 0.0f;
+      for (int i = 0; i < 4 * kDT; ++i) {
+        if (!stats.keep(i % 4 / 2)) dv[0][i / 4][i % 4] = 0.0f;
+      }
     }
-    T* out = static_cast<T*>(p.a.dv) + head * p.a.rows * p.a.width_v;
-    store_tile<T>(out, m0 + row0, p.a.rows, static_cast<int>(p.a.width_v), col0, dv[0], room);
+    const int width = static_cast<int>(p.a.width_v);
+    store(store.start(p.a.dv, first, width) + col0, rows, width, width - col0, dv[0]);
   }
 }
 

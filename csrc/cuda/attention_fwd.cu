@@ -144,9 +144,9 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
   });
 
   __syncthreads();  // orders the last reads of q before the results that take its place
-  T* out = static_cast<T*>(p.a.o) + head * p.a.rows * p.a.width_o;
-  using Room = Tile<T, 8 * kDT, true>;
-  const Room room{q.base + warp * 16 * Room::kRowBytes};
+  using Store = Storer<T, kDT>;
+  const Store store({q.base + warp * 16 * Store::Stage::kRowBytes}, false);
+  const int width = static_cast<int>(p.a.width_o);
 #pragma unroll
   for (int m = 0; m < kMT; ++m) {
     const int first = m0 + row0 + 16 * m;
@@ -163,7 +163,8 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
     }
 #pragma unroll
     for (int i = 0; i < 4 * kDT; ++i) o[m][i / 4][i % 4] *= factor[i % 4 / 2];
-    store_tile<T>(out, first, p.a.rows, static_cast<int>(p.a.width_o), col0, o[m], room);
+    T* out = store.start(p.a.o, head * p.a.rows + first, width) + col0;
+    store(out, p.a.rows - first, width, width - col0, o[m]);
   }
 }
 

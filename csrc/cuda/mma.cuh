@@ -11,7 +11,7 @@
 // c2, c3 = [g + 8, 2t..2t+1].
 #pragma once
 
-#include "tile.cuh"
+#include "store.cuh"
 
 namespace fmm::cuda {
 
@@ -195,16 +195,14 @@ __device__ inline void from_acc(FragA<T>& f, const float (*c)[4]) {
   }
 }
 
-// Fragments of 16 rows of a 16-bit type as rows [row, row + 16) of a tile.
+// Fragments of 16 rows of a 16-bit type, where spot_of puts accumulators.
 template <typename T, int kSteps, int kWidth>
-__device__ inline void put_frags(Tile<T, kWidth, true> tile, int row, const FragA<T> (&p)[kSteps]) {
+__device__ inline void put_frags(Spot<Tile<T, kWidth, true>> to, const FragA<T> (&p)[kSteps]) {
   static_assert(sizeof(T) == 2 && kSteps * 16 == kWidth);
-  const int lane = threadIdx.x % 32;
   using Dst = Tile<T, kWidth, true>;
-  const uint32_t to = tile.address(row + lane / 4, lane % 4 * 2);
   unroll<kSteps * 4>([&](auto i) {
     constexpr int kCol = i / 4 * 16 + i % 4 / 2 * 8;
-    store_shared<i % 2 * 8 * Dst::kRowBytes + kCol * 2>(to, p[i / 4].r[i % 4]);
+    store_shared<i % 2 * 8 * Dst::kRowBytes + kCol * 2>(to.at, p[i / 4].r[i % 4]);
   });
 }
 
@@ -314,9 +312,8 @@ __device__ inline void dot_trans(float (&c)[kMT][kDT][4], Tile<T, kWidthA, true>
                                  const Lanes<Tile<T, kWidth>>& lanes) {
   const auto from_a = lanes_a.at(a, row);
   const auto from_b = lanes.bt(b, col);
-  unroll<kDepth / kStep<T>>([&](auto step) {
+  unroll_while<kDepth / kStep<T>>([&](auto step) {
     constexpr int k = step * kStep<T>;
-    if (k >= depth) return;
     FragA<T> fa[kMT];
     unroll<kMT>([&](auto m) { load_at<k, 16 * m>(fa[m], from_a); });
     unroll<kDT / 2>([&](auto d) {
@@ -328,6 +325,7 @@ __device__ inline void dot_trans(float (&c)[kMT][kDT][4], Tile<T, kWidthA, true>
         mma<T>(c[m][2 * d + 1], fa[m], fb[1]);
       }
     });
+    return k + kStep<T> < depth;
   });
 }
 

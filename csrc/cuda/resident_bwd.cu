@@ -27,22 +27,24 @@ struct Layout {
   }
 };
 
-// out[m, d] = factor * sum_n p[m, n] * b[n, d] of a warp's 16 rows, written in chunks of columns.
+// out[m, d] = factor * sum_n p[m, n] * b[n, d] of a warp's 16 rows, `rows` of which there are,
+// written in chunks of columns.
 template <typename S, typename T, int kSteps, int kWidth>
-__device__ inline void finish_rows(void* out, int64_t head, int64_t rows, int64_t end, int row0,
-                                   int64_t width, const FragA<T> (&p)[kSteps], Tile<T, kWidth> b,
+__device__ inline void finish_rows(void* out, int64_t first, int rows, int64_t width,
+                                   const FragA<T> (&p)[kSteps], Tile<T, kWidth> b,
                                    const Lanes<Tile<T, kWidth>>& lanes, float factor,
-                                   Tile<T, S::kChunk, true> room) {
-  T* to = static_cast<T*>(out) + head * rows * width;
-  unroll<kWidth / S::kChunk>([&](auto chunk) {
+                                   const Storer<T, S::kChunk / 8>& store) {
+  const int cols = static_cast<int>(width);
+  T* to = store.start(out, first, cols);
+  unroll_while<kWidth / S::kChunk>([&](auto chunk) {
     constexpr int kCol = chunk * S::kChunk;
-    if (kCol >= width) return;
     float c[1][S::kChunk / 8][4];
     clear(c);
     dot_frags<kCol>(c[0], p, b, lanes);
 #pragma unroll
     for (int i = 0; i < S::kChunk / 2; ++i) c[0][i / 4][i % 4] *= factor;
-    store_tile<T>(to, row0, end, static_cast<int>(width), kCol, c[0], room);
+    store.template operator()<kCol>(to, rows, cols, cols, c[0]);
+    return kCol + S::kChunk < cols;
   });
 }
 
@@ -68,7 +70,6 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   const uint32_t base = shared_address(smem);
   const Tiles<T, kWidth> tb = L::resident(base);
   const Tile<T, S::kCols, true> ds_rows{base + L::kP}, pf_rows{ds_rows.base + L::kEachP};
-  const Tile<T, S::kChunk, true> room{ds_rows.address(row0, 0)};
   const Keep keep_a(a.keep, b);
   const float centre = centre_of(pair, head);
 
@@ -82,6 +83,8 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   load_stats<S::kCols, S::kThreads>(base + L::kStat, other, head, 0, heads);
   const Lanes<Tile<T, kWidth>> lanes;
   const Lanes<Tile<T, S::kCols, true>> lanes_p;
+  const Storer<T, S::kChunk / 8> store({ds_rows.address(row0, 0)}, false);
+  const auto ds_at = spot_of(ds_rows, row0), pf_at = spot_of(pf_rows, row0);
   float dqk[kMC][kDC][4], dv[kMC][kDC][4];
   clear(dqk);
   clear(dv);
@@ -90,7 +93,8 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   };
   walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
     const Tiles<T, kWidth> ta = L::stage(base, stage);
-    const int m0 = start + j * S::kRows;
+    const int m0 = start + j * S::kRows, left = end - m0 - row0;
+    const int64_t first = head * a.rows + m0 + row0;
     FragA<T> frag[kSteps];
     {
       const RowStats stats(a, keep_a, head, m0 + row0, centre, heads);
@@ -114,26 +118,24 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
       if (a.dv) {
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &pf_col[0][2 * i]);
-        finish_rows<S>(a.dv, head, a.rows, end, m0 + row0, a.width_v, frag, tb.d_o, lanes, 1.0f,
-                       room);
+        finish_rows<S>(a.dv, first, left, a.width_v, frag, tb.d_o, lanes, 1.0f, store);
       }
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &ds[0][2 * i]);
-      put_tile(pf_rows, row0, pf_row[0]);
+      put_tile(pf_at, pf_row[0]);
     }
     if (a.dqk) {
-      finish_rows<S>(a.dqk, head, a.rows, end, m0 + row0, pair.width, frag, tb.qk, lanes,
-                     pair.scale, room);
+      finish_rows<S>(a.dqk, first, left, pair.width, frag, tb.qk, lanes, pair.scale, store);
     }
-    put_frags(ds_rows, row0, frag);
+    put_frags(ds_at, frag);
     __syncthreads();  // orders the writes of ds and pf_row before their reads
     if (other.dqk) dot_trans<S::kRows>(dqk, ds_rows, group0, ta.qk, col0, end - m0, lanes_p, lanes);
     if (other.dv) dot_trans<S::kRows>(dv, pf_rows, group0, ta.d_o, col0, end - m0, lanes_p, lanes);
   });
 
   __syncthreads();  // orders the last reads of shared memory before the results
-  using Room = Tile<T, 8 * kDC, true>;
-  const Room to{base + warp * 16 * Room::kRowBytes};
+  using Store = Storer<T, kDC>;
+  const Store finish({base + warp * 16 * Store::Stage::kRowBytes}, false);
   const Keep keep_b(other.keep, b);
   const int64_t rows = other.rows, width = pair.width, width_v = other.width_v;
 #pragma unroll
@@ -150,14 +152,13 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
       put_rows(part, first, rows, static_cast<int>(width), col0, dqk[m]);
       put_rows(part + rows * width, first, rows, static_cast<int>(width_v), col0, dv[m]);
     } else {
-      if (other.dqk) {
-        T* out = static_cast<T*>(other.dqk) + head * rows * width;
-        store_tile<T>(out, first, rows, static_cast<int>(width), col0, dqk[m], to);
-      }
-      if (other.dv) {
-        T* out = static_cast<T*>(other.dv) + head * rows * width_v;
-        store_tile<T>(out, first, rows, static_cast<int>(width_v), col0, dv[m], to);
-      }
+      const auto write = [&](void* out, int64_t columns, const float (&c)[kDC][4]) {
+        if (out == nullptr) return;
+        const int w = static_cast<int>(columns);
+        finish(finish.start(out, head * rows + first, w) + col0, rows - first, w, w - col0, c);
+      };
+      write(other.dqk, width, dqk[m]);
+      write(other.dv, width_v, dv[m]);
     }
   }
 }

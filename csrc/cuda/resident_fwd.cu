@@ -6,7 +6,8 @@
 //
 // `top` and the columns' references stay until a tile exceeds one by 2^11 or lies out of reach of
 // fp32; then they are set anew and the sums rescaled, as for the first tile. bf16 reaches as far as
-// fp32: there p_col has no gain, and the sums of columns near `top` refer to that.
+// fp32: there p_col has no gain, the sums of columns near `top` refer to that, and so do the rows,
+// u = top and p_col = p_row, where their sums show that they lie near it.
 #include "attention_kernels.h"
 #include "softmax.cuh"
 #include "sources.cuh"
@@ -14,6 +15,12 @@
 
 namespace fmm::cuda {
 namespace {
+
+// How a tile is computed: first with rows that refer to `top`, then to their maxima, then p_col
+// from s itself, for references set anew.
+enum class Pass { kTop, kMaxima, kColumns };
+
+constexpr float kNear = 65536.0f;  // how far sums of rows may be from 1 in Pass::kTop
 
 // What a block knows of the resident stream's tokens.
 template <typename S>
@@ -98,7 +105,6 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   const uint32_t base = shared_address(smem);
   const Tile<T, kWidth> qk_b{base}, v_b{base + L::kB};
   const Tile<T, kCols, true> p_col{base + L::kP};
-  const Tile<T, S::kChunk, true> room{p_col.address(row0, 0)};
   Columns<S>& state = *reinterpret_cast<Columns<S>*>(smem + L::kState);
   const Keep keep_b(other.keep, b);
   Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
@@ -114,6 +120,11 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   const Copier<S::kThreads, Tile<T, kWidth>> copier(kCols < 128);
   const Lanes<Tile<T, kWidth>> lanes(kCols < 128);
   const Lanes<Tile<T, kCols, true>> lanes_p(kCols < 128);
+  const Storer<T, S::kChunk / 8> store({p_col.address(row0, 0)}, kCols < 128);
+  auto p_at = spot_of(p_col, row0);
+  if (kCols < 128) p_at.at = kept_register(p_at.at);
+  const int width_a = static_cast<int>(a.width_o);
+  T* o_at = store.start(a.o, head * a.rows + start + row0, width_a);  // of this lane, in this tile
   float acc[kMC][kDC][4], total[2 * kNT], top = 0.0f;
   clear(acc);
 #pragma unroll
@@ -132,15 +143,15 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
     const ColumnBits<kNT> kept(keep_b, 0, keep_b.data ? other.rows : kCols);  // s: -inf past rows
     const Keep& keys = walked.v.keep;
     const bool keep[2] = {row < a.rows && keys.at(row), row + 8 < a.rows && keys.at(row + 8)};
+    const bool whole = kept.all && !all.dropout.on;
     float s[1][kNT][4], u[2], part[kNT][2];
-    // A second pass, from s itself, for the rare tile that e and the references cannot serve.
-    bool again = false;
-    do {
+    Pass pass = kGain || stale ? Pass::kMaxima : Pass::kTop;
+    while (true) {
       uint64_t passes[1];
       clear(s);
       dot_tile(s, qk_a, row0, qk_b, lanes);
-      // Opaque to the compiler, which would compute for every tile what only a bias needs; 128
-      // tokens have no registers for it.
+      // Opaque to the compiler, which would compute for every tile what only a bias or dropout
+      // needs; 128 tokens have no registers for it.
       const auto hide = [](int x) { return kCols < 128 ? static_cast<int>(kept_register(x)) : x; };
       s_tile(s, pair, hide(b), hide(h), hide(m0 + row0), 0, passes);
       if (other.rows < kCols) {
@@ -149,22 +160,20 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
           if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= other.rows) s[0][i / 4][i % 4] = -kInf;
         }
       }
+      u[0] = u[1] = top;
+      if (pass != Pass::kTop) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float most = -kInf;
-        if (kept.all) {
-#pragma unroll
-          for (int i = 0; i < 2 * kNT; ++i) most = fmaxf(most, s[0][i / 2][2 * r + i % 2]);
-        } else {
+        for (int r = 0; r < 2; ++r) {
+          float most = -kInf;
 #pragma unroll
           for (int i = 0; i < 2 * kNT; ++i) {
             most = fmaxf(most, kept.has(i / 2, i) ? s[0][i / 2][2 * r + i % 2] : -kInf);
           }
+          u[r] = finite_or(quad_max(most) * unit, 0.0f);
         }
-        u[r] = finite_or(quad_max(most) * unit, 0.0f);
       }
       bool near = true, over = false;
-      if (stale || again) {
+      if (stale || pass == Pass::kColumns) {
         near = set_references<kGain>(state, top, s[0], u, keep, unit, other.rows);
 #pragma unroll
         for (int i = 0; i < kMC * kDC * 4; ++i) {
@@ -177,7 +186,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         }
         stale = !near;
       }
-      if (again) {
+      FragA<T> frag[kSteps];
+      if (pass == Pass::kColumns) {
 #pragma unroll
         for (int i = 0; i < 4 * kNT; ++i) {
           const float of = finite_or(state.unit[i / 4 * 8 + lane % 4 * 2 + i % 2], 0.0f);
@@ -199,14 +209,21 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
             sum[i % 4 / 2] += kept.has(i / 4, i % 4) ? s[0][i / 4][i % 4] : 0.0f;
           }
         }
-        FragA<T> frag[kSteps];
-        if (kept.all && !all.dropout.on) {
+        sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
+        if (pass == Pass::kTop) {
+          const float least = fminf(sum[0], sum[1]), most = fmaxf(sum[0], sum[1]);
+          if (__any_sync(~0u, !(least >= 1.0f / kNear && most <= kNear))) {
+            pass = Pass::kMaxima;
+            continue;
+          }
+        }
+        if (whole) {
 #pragma unroll
           for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &s[0][2 * i]);
         } else {
           uint64_t on[1] = {~uint64_t{0}};
           if (all.dropout.on) {
-            drop_bits<1, kNT>(on, all.dropout, pair.drop_a, pair.flip, head, m0 + row0, 0);
+            drop_bits<1, kNT>(on, all.dropout, pair.drop_a, pair.flip, hide(head), m0 + row0, 0);
           }
 #pragma unroll
           for (int i = 0; i < kSteps; ++i) {
@@ -223,24 +240,26 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         float inverse[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          sum[r] = quad_sum(sum[r]);
           inverse[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
           if (lane % 4 == 0 && row + 8 * r < end) {
             const double lse2 = static_cast<double>(u[r]) + log2_fast(sum[r]);
             a.lse[head * a.rows + row + 8 * r] = sum[r] == 0.0f ? -kInf : lse2 * kLn2;
           }
         }
-        T* out = static_cast<T*>(a.o) + head * a.rows * a.width_o;
-        unroll<kWidth / S::kChunk>([&](auto chunk) {
+        unroll_while<kWidth / S::kChunk>([&](auto chunk) {
           constexpr int kCol = chunk * S::kChunk;
-          if (kCol >= a.width_o) return;
           float o[1][S::kChunk / 8][4];
           clear(o);
           dot_frags<kCol>(o[0], frag, v_b, lanes);
 #pragma unroll
           for (int i = 0; i < S::kChunk / 2; ++i) o[0][i / 4][i % 4] *= inverse[i % 4 / 2];
-          store_tile<T>(out, m0 + row0, end, static_cast<int>(a.width_o), kCol, o[0], room);
+          store.template operator()<kCol>(o_at, end - m0 - row0, width_a, width_a, o[0]);
+          return kCol + S::kChunk < width_a;
         });
+      }
+      // Columns: p_col to shared memory, and its sums.
+      const bool same = pass == Pass::kTop && whole && keep[0] && keep[1];
+      if (pass == Pass::kMaxima) {
         const float r[2] = {exp2_fast(u[0] - top), exp2_fast(u[1] - top)};
 #pragma unroll
         for (int n = 0; n < kNT; ++n) {
@@ -251,8 +270,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         }
         over = !near || (keep[0] && u[0] - top > 40.0f) || (keep[1] && u[1] - top > 40.0f);
       }
-      // Columns: p_col to shared memory, and its sums.
-      if (!keep[0] || !keep[1]) {
+      if (!same && !(keep[0] && keep[1])) {
 #pragma unroll
         for (int i = 0; i < 4 * kNT; ++i) {
           if (!keep[i % 4 / 2]) s[0][i / 4][i % 4] = 0.0f;  // also where it is not a number
@@ -265,18 +283,25 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         asm volatile("" : "+f"(part[i / 2][i % 2]));  // after the barrier it takes copies of s
         most = fmaxf(most, part[i / 2][i % 2]);
       }
-      over = (over || (kGain && most > 2048.0f)) && !again;
-      if (all.dropout.on) {
-        uint64_t on[1];
-        drop_bits<1, kNT>(on, all.dropout, pair.drop_b, pair.flip, head, m0 + row0, 0);
-        drop_tile(s[0], on[0], all.dropout.factor);
+      if (kGain && pass != Pass::kColumns) over = over || most > 2048.0f;
+      if (same) {
+        put_frags(p_at, frag);
+      } else {
+        if (all.dropout.on) {
+          uint64_t on[1];
+          drop_bits<1, kNT>(on, all.dropout, pair.drop_b, pair.flip, hide(head), m0 + row0, 0);
+          drop_tile(s[0], on[0], all.dropout.factor);
+        }
+        put_tile(p_at, s[0]);
       }
-      put_tile(p_col, row0, s[0]);
-      again = __syncthreads_or(over);  // and orders the writes of p_col before its reads
-    } while (again);
+      // And orders the writes of p_col before its reads.
+      if (!__syncthreads_or(over) || pass == Pass::kColumns) break;
+      pass = Pass::kColumns;
+    }
 #pragma unroll
     for (int i = 0; i < 2 * kNT; ++i) total[i] += part[i / 2][i % 2];
     dot_trans<S::kRows>(acc, p_col, group0, v_a, col0, end - m0, lanes_p, lanes);
+    o_at += S::kRows * width_a;
   });
 
   __syncthreads();  // orders the last reads of shared memory before its next use
@@ -318,10 +343,11 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       float* to = p.part + blockIdx.x * other.rows * width;
       put_rows(to, group0 + 16 * m, other.rows, width, col0, acc[m]);
     } else {
-      using Room = Tile<T, 8 * kDC, true>;
-      const Room at{base + warp * 16 * Room::kRowBytes};
-      T* to = static_cast<T*>(other.o) + head * other.rows * width;
-      store_tile<T>(to, group0 + 16 * m, other.rows, width, col0, acc[m], at);
+      using Store = Storer<T, kDC>;
+      const Store finish({base + warp * 16 * Store::Stage::kRowBytes}, false);
+      const int first = group0 + 16 * m;
+      T* to = finish.start(other.o, head * other.rows + first, width) + col0;
+      finish(to, other.rows - first, width, width - col0, acc[m]);
     }
   }
 }

@@ -1,5 +1,5 @@
-// Tiles in shared memory: XOR-swizzled layout, predicated loads by cp.async, the pipeline that
-// walks a stream, and stores of a warp's accumulators. No op knowledge.
+// Tiles in shared memory: XOR-swizzled layout, predicated loads by cp.async, and the pipeline that
+// walks a stream. No op knowledge.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,6 +26,13 @@ __device__ inline void unroll(const Body& body, std::integer_sequence<int, kI...
 template <int kN, typename Body>
 __device__ inline void unroll(const Body& body) {
   unroll(body, std::make_integer_sequence<int, kN>());
+}
+
+// The same while body(i) says so.
+template <int kN, int kI = 0, typename Body>
+__device__ inline void unroll_while(const Body& body) {
+  if (!body(std::integral_constant<int, kI>())) return;
+  if constexpr (kI + 1 < kN) unroll_while<kN, kI + 1>(body);
 }
 
 // x, to be kept: what depends on the lane the compiler would rather compute anew in every turn of a
@@ -155,13 +162,16 @@ __device__ inline uint4 load_global(const void* from) {
                : "memory");
   return v;
 }
+template <int kFar>
 __device__ inline void store_global(void* to, const uint4& v) {
-  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
+  asm volatile("st.global.v4.b32 [%0+%5], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w), "n"(kFar)
                : "memory");
 }
+template <int kFar>
 __device__ inline void store_global(void* to, float x, float y) {
-  asm volatile("st.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+  asm volatile("st.global.v2.f32 [%0+%3], {%1,%2};" ::"l"(to), "f"(x), "f"(y), "n"(kFar)
+               : "memory");
 }
 
 template <typename T>
@@ -365,117 +375,6 @@ __device__ inline void walk(int n, const Load& load, const Body& body) {
     }
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-// A warp's accumulators as rows [row, row + 16) of a tile.
-template <typename T, int kDT, int kWidth>
-__device__ inline void put_tile(Tile<T, kWidth, true> tile, int row, const float (&c)[kDT][4]) {
-  const int lane = threadIdx.x % 32;
-  using Dst = Tile<T, kWidth, true>;
-  const uint32_t to = tile.address(row + lane / 4, lane % 4 * 2);
-  unroll<2 * kDT>([&](auto i) {
-    constexpr int kFar = i % 2 * 8 * Dst::kRowBytes + i / 2 * 8 * Dst::kSize;
-    const float* v = &c[i / 2][i % 2 * 2];
-    if constexpr (sizeof(T) == 2) {
-      store_shared<kFar>(to, pack<T>(v[0], v[1]));
-    } else {
-      asm volatile("st.shared.v2.f32 [%0+%3], {%1,%2};" ::"r"(to), "f"(v[0]), "f"(v[1]), "n"(kFar)
-                   : "memory");
-    }
-  });
-}
-
-// A warp's accumulators as fp32 columns [col, ...) of rows [row0, row0 + 16) of the contiguous
-// `out` [rows, width].
-template <int kDT>
-__device__ inline void put_rows(float* out, int row0, int64_t rows, int width, int col,
-                                const float (&c)[kDT][4]) {
-  const int lane = threadIdx.x % 32;
-  const bool pairs = width % 2 == 0 && reinterpret_cast<uintptr_t>(out) % 8 == 0;
-  col += lane % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = row0 + lane / 4 + 8 * i;
-    if (row >= rows) continue;
-    float* to = out + int64_t{row} * width + col;
-#pragma unroll
-    for (int d = 0; d < kDT; ++d) {
-      const float x = c[d][2 * i], y = c[d][2 * i + 1];
-      const int left = width - col - 8 * d;
-      if (pairs && left > 0) store_global(to + 8 * d, x, y);
-      if (!pairs && left > 0) to[8 * d] = x;
-      if (!pairs && left > 1) to[8 * d + 1] = y;
-    }
-  }
-}
-
-// Writes a warp's accumulators, [16, 8 * kDT], as columns [col, ...) of rows [row0, row0 + 16) of
-// the contiguous `out` [rows, width]; `stage` are 16 rows of shared memory that this warp alone
-// uses.
-template <typename T, int kDT>
-__device__ inline void store_tile(T* out, int64_t row0, int64_t rows, int width, int col,
-                                  const float (&c)[kDT][4], Tile<T, 8 * kDT, true> stage) {
-  using Src = Tile<T, 8 * kDT, true>;
-  constexpr int kAcross = Src::kChunks < 8 ? Src::kChunks : 8, kDown = 32 / kAcross;
-  const int lane = threadIdx.x % 32;
-  const int row = kAcross < 8 ? lane % kDown : lane / kAcross;
-  const int at = (kAcross < 8 ? lane / kDown : lane % kAcross) * Src::kPer16;
-  put_tile(stage, 0, c);
-  __syncwarp();
-  const uint32_t from = stage.address(row, at);
-  const bool vectors = width % Src::kPer16 == 0;
-  T* to = out + (row0 + row) * width + col + at;
-  const int left = static_cast<int>(rows - row0) - row;
-  unroll<16 / kDown>([&](auto i) {
-    if (i * kDown < left) {
-      unroll<Src::kChunks / kAcross>([&](auto j) {
-        constexpr int kCol = j * kAcross * Src::kPer16;
-        const uint4 w = load_shared16<i * kDown * Src::kRowBytes + j * kAcross * 16>(from);
-        const int inside = width - col - at - kCol;
-        if (vectors) {
-          if (inside > 0) store_global(to + kCol, w);
-        } else {
-          const T* v = reinterpret_cast<const T*>(&w);
-#pragma unroll
-          for (int e = 0; e < Src::kPer16; ++e) {
-            if (e < inside) to[kCol + e] = v[e];
-          }
-        }
-      });
-    }
-    to += kDown * width;
-  });
-  __syncwarp();
-}
-
-// Numbers [at, at + 4) of `size` ones, in one access where no group of four leaves them or crosses
-// 16 bytes: sum += factor * from, and to = sum.
-__device__ inline void add_scaled4(float (&sum)[4], float factor, const float* from, int at,
-                                   int size) {
-  if (size % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-    const float4 x = *reinterpret_cast<const float4*>(from + at);
-    sum[0] = fmaf(factor, x.x, sum[0]), sum[1] = fmaf(factor, x.y, sum[1]);
-    sum[2] = fmaf(factor, x.z, sum[2]), sum[3] = fmaf(factor, x.w, sum[3]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (at + i < size) sum[i] = fmaf(factor, from[at + i], sum[i]);
-    }
-  }
-}
-template <typename T>
-__device__ inline void put4(T* to, const float (&sum)[4], int at, int size) {
-  if (sizeof(T) == 2 && size % 4 == 0 && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-    T v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = static_cast<T>(sum[i]);
-    *reinterpret_cast<uint2*>(to + at) = *reinterpret_cast<const uint2*>(v);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (at + i < size) to[at + i] = static_cast<T>(sum[i]);
-    }
-  }
 }
 
 }  // namespace fmm::cuda
