@@ -164,11 +164,15 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, kTall>::kThreads, 
   using Store = Storer<T, kDT>;
   const Store store({base + warp * 16 * Store::Stage::kRowBytes}, false);
   const int64_t first = head * p.a.rows + m0 + row0, rows = p.a.rows - m0 - row0;
+  const auto write = [&](void* out, int64_t columns, const float (&c)[kDT][4]) {
+    const int width = static_cast<int>(columns), cols = width - col0;
+    store(store.start(out, first, width) + col0, store.whole(rows, width, cols), rows, width, cols,
+          c);
+  };
   if (p.a.dqk) {
 #pragma unroll
     for (int i = 0; i < 4 * kDT; ++i) dqk[0][i / 4][i % 4] *= p.scale;
-    const int width = static_cast<int>(p.width);
-    store(store.start(p.a.dqk, first, width) + col0, rows, width, width - col0, dqk[0]);
+    write(p.a.dqk, p.width, dqk[0]);
   }
   if (kCol && p.a.dv) {
     if (!stats.all()) {
@@ -177,8 +181,7 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, kTall>::kThreads, 
         if (!stats.keep(i % 4 / 2)) dv[0][i / 4][i % 4] = 0.0f;
       }
     }
-    const int width = static_cast<int>(p.a.width_v);
-    store(store.start(p.a.dv, first, width) + col0, rows, width, width - col0, dv[0]);
+    write(p.a.dv, p.a.width_v, dv[0]);
   }
 }
 

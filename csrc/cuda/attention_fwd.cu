@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
 #pragma unroll
     for (int i = 0; i < 4 * kDT; ++i) o[m][i / 4][i % 4] *= factor[i % 4 / 2];
     T* out = store.start(p.a.o, head * p.a.rows + first, width) + col0;
-    store(out, p.a.rows - first, width, width - col0, o[m]);
+    const int64_t rows = p.a.rows - first;
+    store(out, store.whole(rows, width, width - col0), rows, width, width - col0, o[m]);
   }
 }
 

@@ -22,30 +22,33 @@ struct RowStats {
 
   __device__ RowStats(const Stream& a, const Keep& keys, int head, int row0, float centre,
                       int heads) {
-    const int lane = threadIdx.x % 32;
     // A tall tile may end beyond the padding; what its last warps read is not used.
     const int from = min(row0, static_cast<int>(a.stats.padded) - 16);
     far = a.stats.far[head * (a.stats.padded >> 4) + (from >> 4)];
-    read(hi, kHi, a, head, from, heads), read(lo, kLo, a, head, from, heads);
-    read(up, kUp, a, head, from, heads), read(down, kDown, a, head, from, heads);
-    read(delta, kDelta, a, head, from, heads);
-    kept = 0;
+    const float* at = start(a, head, from);
+    const int64_t next = int64_t{heads} * a.stats.padded;  // statistic
+    read(hi, at), read(lo, at += next), read(delta, at += next);
+    read(up, at += 2 * next), read(down, at += next);
+    static_assert(kHi == 0 && kLo == 1 && kDelta == 2 && kUp == 4 && kDown == 5);
+    c[0] = 0.5f * (hi[0] + centre), c[1] = 0.5f * (hi[1] + centre);
+    kept = 7;
+    if (keys.data || row0 + 16 > a.rows) {
+      kept = 0;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      c[r] = 0.5f * (hi[r] + centre);
-      const int row = row0 + lane / 4 + 8 * r;
-      kept |= uint32_t{row < a.rows && keys.at(row)} << r;
+      for (int r = 0; r < 2; ++r) {
+        const int row = row0 + threadIdx.x % 32 / 4 + 8 * r;
+        kept |= uint32_t{row < a.rows && keys.at(row)} << r;
+      }
+      kept |= uint32_t{__all_sync(~0u, kept == 3) != 0} << 2;
     }
-    kept |= uint32_t{__all_sync(~0u, kept == 3) != 0} << 2;
+  }
+  // Where the lane's first row of the first statistic lies.
+  static __device__ const float* start(const Stream& a, int head, int row0) {
+    return a.stats.data + head * a.stats.padded + row0 + threadIdx.x % 32 / 4;
   }
   __device__ bool keep(int r) const { return kept >> r & 1; }
   __device__ bool all() const { return kept >> 2; }
-  static __device__ void read(float (&x)[2], int stat, const Stream& a, int head, int row0,
-                              int heads) {
-    const int64_t row = (int64_t{heads} * stat + head) * a.stats.padded + row0;
-    const float* at = a.stats.data + row + threadIdx.x % 32 / 4;
-    x[0] = at[0], x[1] = at[8];
-  }
+  static __device__ void read(float (&x)[2], const float* at) { x[0] = at[0], x[1] = at[8]; }
 };
 
 // Starts the copy of the statistics of rows [n0, n0 + kCols) to [kStats, kCols] floats.
@@ -98,8 +101,8 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
   } else {
     float row_hi[2] = {a.hi[0], a.hi[1]}, row_lo[2] = {a.lo[0], a.lo[1]};
     if constexpr (kRow && kCol) {  // rare: not kept in registers
-      RowStats::read(row_hi, kHi, p.a, head, row0, heads);
-      RowStats::read(row_lo, kLo, p.a, head, row0, heads);
+      const float* at = RowStats::start(p.a, head, row0);
+      RowStats::read(row_hi, at), RowStats::read(row_lo, at + int64_t{heads} * p.a.stats.padded);
     }
     unroll<kNT>([&](auto n) {
       if constexpr (kRow) {

@@ -35,6 +35,7 @@ __device__ inline void finish_rows(void* out, int64_t first, int rows, int64_t w
                                    const Lanes<Tile<T, kWidth>>& lanes, float factor,
                                    const Storer<T, S::kChunk / 8>& store) {
   const int cols = static_cast<int>(width);
+  const bool whole = rows >= 16 && cols == kWidth;
   T* to = store.start(out, first, cols);
   unroll_while<kWidth / S::kChunk>([&](auto chunk) {
     constexpr int kCol = chunk * S::kChunk;
@@ -43,7 +44,7 @@ __device__ inline void finish_rows(void* out, int64_t first, int rows, int64_t w
     dot_frags<kCol>(c[0], p, b, lanes);
 #pragma unroll
     for (int i = 0; i < S::kChunk / 2; ++i) c[0][i / 4][i % 4] *= factor;
-    store.template operator()<kCol>(to, rows, cols, cols, c[0]);
+    store.template operator()<kCol>(to, whole, rows, cols, cols, c[0]);
     return kCol + S::kChunk < cols;
   });
 }
@@ -141,11 +142,17 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
 #pragma unroll
   for (int m = 0; m < kMC; ++m) {
     const int first = group0 + 16 * m;
+    const float scale = pair.scale;
 #pragma unroll
-    for (int i = 0; i < kDC * 4; ++i) {
-      const int n = first + lane / 4 + i % 4 / 2 * 8;
-      dqk[m][i / 4][i % 4] *= pair.scale;
-      if (n < rows && !keep_b.at(n)) dv[m][i / 4][i % 4] = 0.0f;
+    for (int i = 0; i < kDC * 4; ++i) dqk[m][i / 4][i % 4] *= scale;
+    if (keep_b.data) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int n = first + lane / 4 + 8 * r;
+        if (n >= rows || keep_b.at(n)) continue;
+#pragma unroll
+        for (int i = 0; i < kDC * 2; ++i) dv[m][i / 2][2 * r + i % 2] = 0.0f;
+      }
     }
     if (p.chunks > 1) {
       float* part = p.part + blockIdx.x * rows * (width + width_v);
@@ -154,8 +161,9 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
     } else {
       const auto write = [&](void* out, int64_t columns, const float (&c)[kDC][4]) {
         if (out == nullptr) return;
-        const int w = static_cast<int>(columns);
-        finish(finish.start(out, head * rows + first, w) + col0, rows - first, w, w - col0, c);
+        const int w = static_cast<int>(columns), left = static_cast<int>(rows) - first;
+        finish(finish.start(out, head * rows + first, w) + col0, finish.whole(left, w, w - col0),
+               left, w, w - col0, c);
       };
       write(other.dqk, width, dqk[m]);
       write(other.dv, width_v, dv[m]);

@@ -41,10 +41,20 @@ struct Layout {
   static __device__ uint32_t stage(uint32_t base, int i) { return base + 2 * kB + 2 * i * kA; }
 };
 
-__device__ inline float column_max(float x) {
+// Writes one number a column, each lane having some of all of its warp's columns, to the warp's row
+// of `to`: joined over the lanes by join_across<8, 4>.
+template <typename S>
+__device__ inline void put_columns(float (&to)[S::kCols], const float (&x)[2 * S::kNT]) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (S::kNT == 4) {
+    to[lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2] = x[0];
+  } else {
 #pragma unroll
-  for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-  return x;
+    for (int i = 0; i < S::kNT / 8; ++i) {
+      float* at = &to[(lane / 4 * (S::kNT / 8) + i) * 8 + lane % 4 * 2];
+      *reinterpret_cast<float2*>(at) = make_float2(x[2 * i], x[2 * i + 1]);
+    }
+  }
 }
 
 // New references from this tile's s: ref = max(ref, the column's maximum), top = max u, both over
@@ -55,13 +65,19 @@ __device__ inline bool set_references(Columns<S>& c, float& top, const float (&s
                                       const float (&u)[2], const bool (&keep)[2], float unit,
                                       int64_t cols) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float most[2 * S::kNT];
 #pragma unroll
   for (int i = 0; i < S::kNT * 2; ++i) {
     const float* x = s[i / 2] + i % 2;
-    const float most = column_max(fmaxf(keep[0] ? x[0] : -kInf, keep[1] ? x[2] : -kInf));
-    if (lane < 4) c.most[warp][i / 2 * 8 + lane * 2 + i % 2] = most * unit;
+    most[i] = fmaxf(keep[0] ? x[0] : -kInf, keep[1] ? x[2] : -kInf);
   }
-  const float mine = column_max(fmaxf(keep[0] ? u[0] : -kInf, keep[1] ? u[1] : -kInf));
+  max_across<8, 4>(most);
+#pragma unroll
+  for (int i = 0; i < S::kNT / 4; ++i) most[i] *= unit;
+  put_columns<S>(c.most[warp], most);
+  float mine = fmaxf(keep[0] ? u[0] : -kInf, keep[1] ? u[1] : -kInf);
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) mine = fmaxf(mine, __shfl_xor_sync(~0u, mine, step));
   if (lane == 0) c.top[warp] = mine;
   __syncthreads();  // orders the warps' maxima before their joint ones
   top = -kInf;
@@ -124,12 +140,12 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   auto p_at = spot_of(p_col, row0);
   if (kCols < 128) p_at.at = kept_register(p_at.at);
   const int width_a = static_cast<int>(a.width_o);
-  T* o_at = store.start(a.o, head * a.rows + start + row0, width_a);  // of this lane, in this tile
   float acc[kMC][kDC][4], total[2 * kNT], top = 0.0f;
   clear(acc);
 #pragma unroll
   for (int i = 0; i < 2 * kNT; ++i) total[i] = 0.0f;
   bool stale = true;
+  const bool plain = keep_b.data == nullptr && !all.dropout.on;
   __syncthreads();  // orders the writes of `walked` before their reads
 
   const auto load = [&](int j, int stage) {
@@ -140,10 +156,13 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
     const Tile<T, kWidth> qk_a{L::stage(base, stage)}, v_a{qk_a.base + L::kA};
     const int m0 = start + j * S::kRows, row = m0 + row0 + lane / 4;
-    const ColumnBits<kNT> kept(keep_b, 0, keep_b.data ? other.rows : kCols);  // s: -inf past rows
-    const Keep& keys = walked.v.keep;
-    const bool keep[2] = {row < a.rows && keys.at(row), row + 8 < a.rows && keys.at(row + 8)};
-    const bool whole = kept.all && !all.dropout.on;
+    const ColumnBits<kNT, false> kept(keep_b, 0, other.rows);  // s: -inf past rows
+    bool keep[2] = {true, true};
+    const bool inside = m0 + row0 + 16 <= walked.plain;
+    if (!inside) {
+      const Keep& keys = walked.v.keep;
+      keep[0] = row < a.rows && keys.at(row), keep[1] = row + 8 < a.rows && keys.at(row + 8);
+    }
     float s[1][kNT][4], u[2], part[kNT][2];
     Pass pass = kGain || stale ? Pass::kMaxima : Pass::kTop;
     while (true) {
@@ -151,13 +170,14 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       clear(s);
       dot_tile(s, qk_a, row0, qk_b, lanes);
       // Opaque to the compiler, which would compute for every tile what only a bias or dropout
-      // needs; 128 tokens have no registers for it.
-      const auto hide = [](int x) { return kCols < 128 ? static_cast<int>(kept_register(x)) : x; };
+      // needs.
+      const auto hide = [](int x) { return static_cast<int>(kept_register(x)); };
       s_tile(s, pair, hide(b), hide(h), hide(m0 + row0), 0, passes);
       if (other.rows < kCols) {
+        const int left = static_cast<int>(other.rows) - lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < kNT * 4; ++i) {
-          if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= other.rows) s[0][i / 4][i % 4] = -kInf;
+          if (i / 4 * 8 + i % 2 >= left) s[0][i / 4][i % 4] = -kInf;
         }
       }
       u[0] = u[1] = top;
@@ -175,14 +195,16 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       bool near = true, over = false;
       if (stale || pass == Pass::kColumns) {
         near = set_references<kGain>(state, top, s[0], u, keep, unit, other.rows);
+        if (j > 0) {
 #pragma unroll
-        for (int i = 0; i < kMC * kDC * 4; ++i) {
-          const int m = i / (kDC * 4), d = i / 4 % kDC, r = i % 4 / 2;
-          acc[m][d][i % 4] *= state.alpha[group0 + 16 * m + lane / 4 + 8 * r];
-        }
+          for (int i = 0; i < kMC * kDC * 4; ++i) {
+            const int m = i / (kDC * 4), d = i / 4 % kDC, r = i % 4 / 2;
+            acc[m][d][i % 4] *= state.alpha[group0 + 16 * m + lane / 4 + 8 * r];
+          }
 #pragma unroll
-        for (int i = 0; i < kNT * 2; ++i) {
-          total[i] *= state.alpha[i / 2 * 8 + lane % 4 * 2 + i % 2];
+          for (int i = 0; i < kNT * 2; ++i) {
+            total[i] *= state.alpha[i / 2 * 8 + lane % 4 * 2 + i % 2];
+          }
         }
         stale = !near;
       }
@@ -217,13 +239,14 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
             continue;
           }
         }
-        if (whole) {
+        if (plain) {
 #pragma unroll
           for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &s[0][2 * i]);
         } else {
           uint64_t on[1] = {~uint64_t{0}};
           if (all.dropout.on) {
-            drop_bits<1, kNT>(on, all.dropout, pair.drop_a, pair.flip, hide(head), m0 + row0, 0);
+            drop_bits<1, kNT>(on, all.dropout, pair.drop_a, pair.flip, hide(head), hide(m0 + row0),
+                              0);
           }
 #pragma unroll
           for (int i = 0; i < kSteps; ++i) {
@@ -246,6 +269,9 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
             a.lse[head * a.rows + row + 8 * r] = sum[r] == 0.0f ? -kInf : lse2 * kLn2;
           }
         }
+        const int left = end - m0 - row0;
+        const bool all_there = left >= 16 && width_a == kWidth;
+        T* to = store.start(a.o, head * a.rows + m0 + row0, width_a);
         unroll_while<kWidth / S::kChunk>([&](auto chunk) {
           constexpr int kCol = chunk * S::kChunk;
           float o[1][S::kChunk / 8][4];
@@ -253,12 +279,12 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
           dot_frags<kCol>(o[0], frag, v_b, lanes);
 #pragma unroll
           for (int i = 0; i < S::kChunk / 2; ++i) o[0][i / 4][i % 4] *= inverse[i % 4 / 2];
-          store.template operator()<kCol>(o_at, end - m0 - row0, width_a, width_a, o[0]);
+          store.template operator()<kCol>(to, all_there, left, width_a, width_a, o[0]);
           return kCol + S::kChunk < width_a;
         });
       }
       // Columns: p_col to shared memory, and its sums.
-      const bool same = pass == Pass::kTop && whole && keep[0] && keep[1];
+      const bool same = kCols < 128 && pass == Pass::kTop && plain && inside;
       if (pass == Pass::kMaxima) {
         const float r[2] = {exp2_fast(u[0] - top), exp2_fast(u[1] - top)};
 #pragma unroll
@@ -270,7 +296,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         }
         over = !near || (keep[0] && u[0] - top > 40.0f) || (keep[1] && u[1] - top > 40.0f);
       }
-      if (!same && !(keep[0] && keep[1])) {
+      if (!inside && !(keep[0] && keep[1])) {
 #pragma unroll
         for (int i = 0; i < 4 * kNT; ++i) {
           if (!keep[i % 4 / 2]) s[0][i / 4][i % 4] = 0.0f;  // also where it is not a number
@@ -289,7 +315,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       } else {
         if (all.dropout.on) {
           uint64_t on[1];
-          drop_bits<1, kNT>(on, all.dropout, pair.drop_b, pair.flip, hide(head), m0 + row0, 0);
+          drop_bits<1, kNT>(on, all.dropout, pair.drop_b, pair.flip, hide(head), hide(m0 + row0),
+                            0);
           drop_tile(s[0], on[0], all.dropout.factor);
         }
         put_tile(p_at, s[0]);
@@ -301,20 +328,11 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < 2 * kNT; ++i) total[i] += part[i / 2][i % 2];
     dot_trans<S::kRows>(acc, p_col, group0, v_a, col0, end - m0, lanes_p, lanes);
-    o_at += S::kRows * width_a;
   });
 
   __syncthreads();  // orders the last reads of shared memory before its next use
   sum_across<8, 4>(total);
-  if constexpr (kNT == 4) {
-    state.most[warp][lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2] = total[0];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kNT / 8; ++i) {
-      float* to = &state.most[warp][(lane / 4 * (kNT / 8) + i) * 8 + lane % 4 * 2];
-      *reinterpret_cast<float2*>(to) = make_float2(total[2 * i], total[2 * i + 1]);
-    }
-  }
+  put_columns<S>(state.most[warp], total);
   __syncthreads();  // orders the warps' sums before their joint ones
   for (int n = threadIdx.x; n < kCols; n += S::kThreads) {
     float sum = 0.0f;
@@ -347,7 +365,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       const Store finish({base + warp * 16 * Store::Stage::kRowBytes}, false);
       const int first = group0 + 16 * m;
       T* to = finish.start(other.o, head * other.rows + first, width) + col0;
-      finish(to, other.rows - first, width, width - col0, acc[m]);
+      const int left = static_cast<int>(other.rows) - first;
+      finish(to, finish.whole(left, width, width - col0), left, width, width - col0, acc[m]);
     }
   }
 }

@@ -35,10 +35,10 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// x[i] summed over kLanes lanes kStep apart; their lane j gets the sums from j * kN / kLanes on, in
-// x[0] and up.
-template <int kLanes, int kStep, int kN, int kLive = kN>
-__device__ inline void sum_across(float (&x)[kN]) {
+// x[i] of kLanes lanes kStep apart, joined by `join`; lane j of them gets the results from j * kN /
+// kLanes on, in x[0] and up.
+template <int kLanes, int kStep, int kN, int kLive = kN, typename Join>
+__device__ inline void join_across(float (&x)[kN], const Join& join) {
   static_assert(kLive % kLanes == 0);
   if constexpr (kLanes > 1) {
     constexpr int kHalf = kLive / 2, kFar = kLanes / 2 * kStep;
@@ -46,10 +46,18 @@ __device__ inline void sum_across(float (&x)[kN]) {
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
       const float mine = upper ? x[i + kHalf] : x[i], theirs = upper ? x[i] : x[i + kHalf];
-      x[i] = mine + __shfl_xor_sync(~0u, theirs, kFar);
+      x[i] = join(mine, __shfl_xor_sync(~0u, theirs, kFar));
     }
-    sum_across<kLanes / 2, kStep, kN, kHalf>(x);
+    join_across<kLanes / 2, kStep, kN, kHalf>(x, join);
   }
+}
+template <int kLanes, int kStep, int kN>
+__device__ inline void sum_across(float (&x)[kN]) {
+  join_across<kLanes, kStep>(x, [](float a, float b) { return a + b; });
+}
+template <int kLanes, int kStep, int kN>
+__device__ inline void max_across(float (&x)[kN]) {
+  join_across<kLanes, kStep>(x, [](float a, float b) { return fmaxf(a, b); });
 }
 
 // Multiplier that turns raw scores into exponents of 2.
@@ -94,7 +102,8 @@ __device__ inline void s_tile(float (&s)[kMT][kNT][4], const Pair& p, int b, int
 }
 
 // Which of columns [n0, n0 + 8 * kNT) are inside and kept; has() asks for a lane's own columns.
-template <int kNT>
+// Without kEnds those past the end do not matter where none inside is masked.
+template <int kNT, bool kEnds = true>
 struct ColumnBits {
   static constexpr int kWords = (kNT + 3) / 4;
   uint32_t word[kWords];
@@ -102,7 +111,7 @@ struct ColumnBits {
 
   __device__ ColumnBits(const Keep& keep, int n0, int64_t rows) {
     const int lane = threadIdx.x % 32;
-    all = keep.data == nullptr && n0 + kNT * 8 <= rows;
+    all = keep.data == nullptr && (!kEnds || n0 + kNT * 8 <= rows);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) word[w] = ~0u;
     if (all) return;

@@ -73,19 +73,22 @@ struct Storer {
     get = stage.address(row, col);
     if (keep) put.at = kept_register(put.at), get = kept_register(get);
   }
+  static __device__ bool whole(int64_t rows, int width, int cols) {
+    return width % Stage::kPer16 == 0 && rows >= 16 && cols >= 8 * kDT;
+  }
   // The lane's first element of rows from row0 on of the contiguous `out` [.., width].
   __device__ T* start(void* out, int64_t row0, int width) const {
     return static_cast<T*>(out) + (row0 + row) * width + col;
   }
-  // Columns [kCol, ...) of the 16 rows at `to`; `rows` and `cols` are how many there are.
+  // Columns [kCol, ...) of the 16 rows at `to`; `rows` and `cols` are how many there are, and
+  // `whole`: they are all there, in 16-byte chunks.
   template <int kCol = 0>
-  __device__ void operator()(T* to, int64_t rows, int width, int cols,
+  __device__ void operator()(T* to, bool whole, int64_t rows, int width, int cols,
                              const float (&c)[kDT][4]) const {
     constexpr int kFar = kCol * Stage::kSize;
-    const bool vectors = width % Stage::kPer16 == 0;
     put_tile(put, c);
     __syncwarp();
-    if (vectors && rows >= 16 && cols >= kCol + 8 * kDT) {
+    if (whole) {
       each([&](auto i, auto j, const uint4& w) {
         store_global<kFar + j * kAcross * 16>(to + i * kDown * width, w);
       });
@@ -95,7 +98,7 @@ struct Storer {
         if (row + i * kDown >= rows) return;
         T* at = to + i * kDown * width + kAt;
         const int inside = cols - col - kAt;
-        if (vectors) {
+        if (width % Stage::kPer16 == 0) {
           if (inside > 0) store_global<0>(at, w);
         } else {
           const T* v = reinterpret_cast<const T*>(&w);
