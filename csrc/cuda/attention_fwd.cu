@@ -157,7 +157,8 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
       factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
       const int row = first + lane / 4 + 8 * r;
       if (lane % 4 == 0 && col0 == 0 && row < p.a.rows) {
-        const double lse2 = static_cast<double>(log2_fast(sum)) - ref[m][r].less;
+        const float log2 = sizeof(T) == 4 ? log2f(sum) : log2_fast(sum);
+        const double lse2 = static_cast<double>(log2) - ref[m][r].less;
         p.a.lse[head * p.a.rows + row] = sum == 0.0f ? -kInf : lse2 * kLn2;
       }
     }
