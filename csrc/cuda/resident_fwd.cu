@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         }
       }
       u[0] = u[1] = top;
-      if (pass != Pass::kTop) {
+      if (kGain || pass != Pass::kTop) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float most = -kInf;
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
           }
         }
         sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
-        if (pass == Pass::kTop) {
+        if (!kGain && pass == Pass::kTop) {
           const float least = fminf(sum[0], sum[1]), most = fmaxf(sum[0], sum[1]);
           if (__any_sync(~0u, !(least >= 1.0f / kNear && most <= kNear))) {
             pass = Pass::kMaxima;
@@ -284,7 +284,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         });
       }
       // Columns: p_col to shared memory, and its sums.
-      const bool same = kCols < 128 && pass == Pass::kTop && plain && inside;
+      // 128 tokens have no registers for p in fragments beside s.
+      const bool same = !kGain && kCols < 128 && pass == Pass::kTop && plain && inside;
       if (pass == Pass::kMaxima) {
         const float r[2] = {exp2_fast(u[0] - top), exp2_fast(u[1] - top)};
 #pragma unroll

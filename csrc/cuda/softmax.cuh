@@ -116,6 +116,8 @@ struct ColumnBits {
     for (int w = 0; w < kWords; ++w) word[w] = ~0u;
     if (all) return;
     all = true;
+    // Opaque: of a resident stream the compiler would keep the addresses in registers.
+    n0 = static_cast<int>(kept_register(n0));
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       const int n = n0 + w * 32 + lane;
