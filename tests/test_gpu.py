@@ -193,6 +193,17 @@ def test_references_of_tiles_far_apart(op, backend, dtype, levels, size):
     check(op, backend, tensors, options, dtype, reach=level.abs().max().item())
 
 
+@on_each_dtype(DTYPES, "bi_attention")
+def test_scores_of_masked_keys_that_climb(op, backend, dtype):
+    """Beyond all exponents of the kept ones: they are queries still, and no row refers to them."""
+    tensors = streams(op, 1, 1, 200, 40, 32, 32, 32)
+    kept = torch.arange(40)[None] < 30
+    tensors["qk_x"][..., 0] = torch.tensor([0.0, 300.0, 0.0, 150.0]).repeat_interleave(64)[:200]
+    tensors["qk_y"][..., 0] = torch.where(kept[0], 0.0, 1.0)
+    options = dict(scale=1.0, return_lse=True, mask_y=kept)
+    check(op, backend, tensors, options, dtype, reach=300)
+
+
 @on_each_dtype((torch.bfloat16,), "bi_attention", "co_attention")
 def test_tiles_of_a_full_device(op, backend, dtype, monkeypatch):
     """Larger tiles where enough programs remain for every processor."""

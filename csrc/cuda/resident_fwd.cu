@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
       uint64_t passes[1];
       clear(s);
       dot_tile(s, qk_a, row0, qk_b, lanes);
-      // Opaque to the compiler, which would compute for every tile what only a bias or dropout
-      // needs.
+      // Opaque to the compiler, which would compute for every tile what only a bias needs, or
+      // dropout.
       const auto hide = [](int x) { return static_cast<int>(kept_register(x)); };
       s_tile(s, pair, hide(b), hide(h), hide(m0 + row0), 0, passes);
       if (other.rows < kCols) {
@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
           return kCol + S::kChunk < width_a;
         });
       }
-      // Columns: p_col to shared memory, and its sums.
-      // 128 tokens have no registers for p in fragments beside s.
+      // Columns: p_col to shared memory, and its sums. 128 tokens have no registers for p in
+      // fragments beside s.
       const bool same = !kGain && kCols < 128 && pass == Pass::kTop && plain && inside;
       if (pass == Pass::kMaxima) {
         const float r[2] = {exp2_fast(u[0] - top), exp2_fast(u[1] - top)};
@@ -310,7 +310,10 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
         asm volatile("" : "+f"(part[i / 2][i % 2]));  // after the barrier it takes copies of s
         most = fmaxf(most, part[i / 2][i % 2]);
       }
-      if (kGain && pass != Pass::kColumns) over = over || most > 2048.0f;
+      // In bf16 what rows refer to bounds p_col, unless columns that are no keys lie above it.
+      if ((kGain || !kept.all) && pass != Pass::kColumns) {
+        over = over || most > (kGain ? 2048.0f : 0x1p40f);
+      }
       if (same) {
         put_frags(p_at, frag);
       } else {
