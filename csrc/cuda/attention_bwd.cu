@@ -307,9 +307,10 @@ Kernel owner_bwd(DType dtype, int width, Softmax which, bool tall) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
     return by_softmax(which, [tall](auto row, auto col) {
-      return by_height<kHasTall<sizeof(T), kW>>(tall, [&](auto tall) {
-        return kernel<row, col, T, kW, OwnerBwd<sizeof(T), kW, tall>>(
-            reinterpret_cast<const void*>(&owner_bwd_kernel<row, col, T, kW, tall>));
+      constexpr bool kRow = row, kCol = col;
+      return by_height<kHasTall<sizeof(T), kW>>(tall, [](auto tall) {
+        return kernel<kRow, kCol, T, kW, OwnerBwd<sizeof(T), kW, tall>>(
+            reinterpret_cast<const void*>(&owner_bwd_kernel<kRow, kCol, T, kW, tall>));
       });
     });
   });

@@ -274,12 +274,13 @@ __device__ inline void dot_regs(float (&c)[kMT][kDT][4], const float (&p)[kMT][k
   static_assert(kNT % kTiles == 0 && kDT % 2 == 0);
   const auto from = lanes.bt(b, col);
   unroll<kNT / kTiles>([&](auto n) {
+    constexpr int k = n * kStep<T>;
     FragA<T> fa[kMT];
 #pragma unroll
     for (int m = 0; m < kMT; ++m) from_acc(fa[m], &p[m][n * kTiles]);
     unroll<kDT / 2>([&](auto d) {
       FragB<T> fb[2];
-      load_bt<n * kStep<T>, 16 * d>(fb, from);
+      load_bt<k, 16 * d>(fb, from);
 #pragma unroll
       for (int m = 0; m < kMT; ++m) {
         mma<T>(c[m][2 * d], fa[m], fb[0]);

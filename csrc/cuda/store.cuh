@@ -116,10 +116,11 @@ struct Storer {
   // body(i, j, its 16 bytes) for the lane's chunks: j-th of row kDown * i.
   template <typename Body>
   __device__ void each(const Body& body) const {
-    unroll<16 / kDown>([&](auto i) {
-      unroll<Stage::kChunks / kAcross>([&](auto j) {
-        body(i, j, load_shared16<i * kDown * Stage::kRowBytes + j * kAcross * 16>(get));
-      });
+    constexpr int kAlong = Stage::kChunks / kAcross;
+    unroll<16 / kDown * kAlong>([&body, from = get](auto at) {
+      constexpr int kI = at / kAlong, kJ = at % kAlong;
+      body(std::integral_constant<int, kI>(), std::integral_constant<int, kJ>(),
+           load_shared16<kI * kDown * Stage::kRowBytes + kJ * kAcross * 16>(from));
     });
   }
 };
