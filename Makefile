@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-recipes test-gpu cuda lint clean bench sanitize build wheel test-previous
+.PHONY: run test test-recipes test-gpu cuda lint clean bench sanitize older-cuda build wheel test-previous
 
 run: build
 	$(PY) -m fusedmm run
@@ -60,6 +60,10 @@ cuda: build
 	    export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX}"; \
 	  $(PY) setup.py -q build_ext --inplace; \
 	else echo "no nvcc: the CUDA kernels are not built and not tested"; fi
+
+# The CUDA kernels by the compiler of CUDA 12.6, whatever nvcc is installed; takes minutes.
+older-cuda: build
+	$(PY) tests/cpp/older_cuda.py $(ARGS)
 
 # ASan and UBSan on the CPU kernels, for each instruction set of this machine.
 sanitize:
