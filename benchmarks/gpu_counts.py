@@ -96,14 +96,14 @@ Where a target is missed:
 
 - *warp_insts_per_mma* divides by fewer mma: 3 products instead of 4 forward, 7 or 10 instead of
   14 backward; the instructions themselves are in the column warp_insts. Forward each score takes
-  two multiplications and a partial column sum beyond what two separate softmaxes take, and p
-  reaches the second product through shared memory, transposed. Tried and kept: references of
-  columns that stay, so that no tile reduces across warps; one reference for all columns; a bound
-  on u in place of the maximum of p; reciprocals of row sums. Tried and dropped: one p for both
-  products with the rows of v scaled instead, which costs registers and spills in the loop.
-  Backward with both streams long: taller tiles, so that what is read of a column serves more rows
-  (kept); 16 warps in place of 8, which read columns twice as often; 128 x 64 in place of 128 x
-  32, which spills in the loop.
+  two multiplications (none in `cuda` in bf16) and a partial column sum beyond what two separate
+  softmaxes take, and p reaches the second product through shared memory, transposed. Tried and
+  kept: references of columns that stay, so that no tile reduces across warps; one reference for
+  all columns; a bound on u in place of the maximum of p; reciprocals of row sums. Tried and
+  dropped: one p for both products with the rows of v scaled instead, which costs registers and
+  spills in the loop. Backward with both streams long: taller tiles, so that what is read of a
+  column serves more rows (kept); 16 warps in place of 8, which read columns twice as often; 128 x
+  64 in place of 128 x 32, which spills in the loop.
 - *global_bytes*, resident: where there are fewer heads than processors, several programs share a
   head's rows, and each writes its fp32 share of the column results, which is read once more. With
   a head a processor (batch-16) there are no shares. Tried and kept: no more programs than
@@ -130,27 +130,30 @@ Where a target is missed:
   every processor has one. Not done: 256 tokens backward, which needs two tiles of rows a warp, and
   the resident backward of 128 tokens, whose scores are more than the registers of a warp of 16
   rows: rows and columns would have to be split over warps, and the row results with them.
-- *of triton's*: predicted were addresses and predicates (add, xor, setp, selp), and they were most
-  of it. Kept: offsets as immediates of ldmatrix, ld, st and cp.async, with one xor for each 32
-  bytes of a swizzled row; rows padded by 16 bytes where p is written; lane offsets computed once
-  and held; one comparison for a tile that is whole; products with v that start from -delta in
-  place of zero; o scaled only where a row's maximum has grown by 2^8; statistics of a backward by
-  32 rows a warp, summed by a transposing butterfly; masks anew in each tile instead of held; and,
-  from before, no copies of accumulators around an mma, lg2 for the logarithm of a row sum, shares
-  of chunks summed four numbers a lane, gates and selects only where something is masked or
-  clamped. For the tiny forward predicted were padding and what comes before and after the one
-  tile, and they were; kept, 27 % fewer instructions there: ragged tiles copied without a loop, one
-  comparison a row; columns past the end masked once, as -inf; sums of columns by that butterfly;
-  one comparison for the sums of all columns. Dropped: lane offsets hidden from the compiler at each
-  use, which it then computes at each use; offsets held in the resident forward of 128 tokens and in
-  the losses' forward of narrow rows, which then spill; warps without rows that skip the tile, 5 %
-  fewer instructions in the tiny forward and 6 % more where all warps have rows, for accumulators
-  are copied around the branch; 64 columns of row results at once, 0.3 % fewer for 26 registers. Not
-  done: row results written without a pass through shared memory, which takes more instructions in
-  shuffles and selects than it saves; the movs of scores around branches that are not taken. Kept
-  in the resident forward, 1 to 5 % fewer: columns without a gain in bf16, lane offsets of p held
-  for 64 tokens, and what only a bias needs hidden from the compiler, which had computed it for
-  every tile.
+- *of triton's* is met in every row. Predicted were addresses and predicates (add, xor, setp,
+  selp), and they were most of it. Kept: offsets as immediates of ldmatrix, ld, st and cp.async,
+  with one xor for each 32 bytes of a swizzled row; rows padded by 16 bytes where p is written; a
+  lane's places in tiles, copies and stores computed once and held; copies of four rows at once,
+  at width 256, without a loop, which halved the forward there and took a third off the backward;
+  one comparison for a tile, a copy or a result that is whole; products with v that start from
+  -delta in place of zero; statistics of a backward by 32 rows a warp, summed by a transposing
+  butterfly, and read by one pointer; masks anew in each tile instead of held; no copies of
+  accumulators around an mma; lg2 for the logarithm of a row sum; shares of chunks summed four
+  numbers a lane; gates and selects only where something is masked or clamped. Forward of long
+  streams: a row's reference is the maximum of its first tile and stays until the sum of a tile's
+  p exceeds 2^11, when the tile is computed again, so that no other tile takes a maximum. Resident
+  forward: ragged tiles copied without a loop, columns past the end masked once, as -inf; maxima
+  and sums of columns by that butterfly; in bf16 columns without a gain, and rows that refer to
+  the columns' reference where their sums lie within 2^16 of it, so that one p serves both
+  products and no row takes a maximum; what only a bias, dropout or a mask needs hidden from the
+  compiler, which had computed it for every tile or held its addresses in registers. Dropped: lane
+  offsets hidden at each use, which are then computed at each use; offsets held in the losses'
+  forward of narrow rows, and in the resident forward of 128 tokens, which then spill; that one's
+  p in fragments beside s, likewise; warps without rows that skip the tile, 5 % fewer instructions
+  in the tiny forward and 6 % more where all warps have rows, for accumulators are copied around
+  the branch; 64 columns of row results at once, 0.3 % fewer for 26 registers. Not done: row
+  results written without a pass through shared memory, which takes more instructions in shuffles
+  and selects than it saves.
 - *spills* of `triton` without accesses in loops, in the one kernel whose machine code was read,
   are addresses of the outputs, kept from where the inputs were read. In loops: forward with 128
   tokens, s, e, partial column sums, o and acc of a 128 x 128 tile. Tried: s anew where a tile needs
