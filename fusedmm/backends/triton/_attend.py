@@ -65,6 +65,7 @@ class Grads(NamedTuple):
     dq: Rows
     dk: Rows
     dv: Rows
+    KNOWN: Any = tl.constexpr(True)  # Triton 3.6 forgets constants in a tuple without one of its own
 
 
 def direction(q, k, v, keep, bias, score, o, lse, index: int, flip: bool = False) -> Direction:
