@@ -46,11 +46,17 @@ class BenchCase:
     group: str = "model"
     features: tuple[tuple[str, Any], ...] = ()
     check: AttentionShape | PairShape | None = None
+    device: str = "cpu"
 
     def make(self, dtype: str, full: bool = True) -> testing.Case:
         """The inputs, at the full shape or at the one to check."""
         shape = self.shape if full or self.check is None else self.check
-        return testing.make_case(self.op, shape, DTYPES[dtype], **dict(self.features))
+        features = dict(self.features)
+        return testing.make_case(self.op, shape, DTYPES[dtype], device=self.device, **features)
+
+    def options(self) -> dict[str, Any]:
+        """What the op takes beside tensors with gradients."""
+        return self.make("fp32").options if self.features else {}
 
     def scores(self) -> int:
         """Entries of the score matrix over all batches and heads."""
@@ -90,8 +96,8 @@ _ATTENTION = {
     "generic": AttentionShape(8, 12, 1024, 256, 64, 64),
 }
 _SWEEP = (512, 1024, 2048, 4096, 8192)
-_CLIP = (("logit_scale", 50.0),)
-_SIGLIP = (("logit_scale", 10.0), ("logit_bias", -10.0))
+CLIP = (("logit_scale", 50.0),)
+SIGLIP = (("logit_scale", 10.0), ("logit_bias", -10.0))
 
 
 def _attention(op: str) -> list[BenchCase]:
@@ -125,11 +131,11 @@ CASES: dict[str, tuple[BenchCase, ...]] = {
         _loss(
             "contrastive_loss",
             {"clip-4k": 4096, "clip-8k": 8192, "clip-32k": 32768},
-            _CLIP,
+            CLIP,
             (("positives", "repeated"),),
         )
     ),
-    "sigmoid_loss": tuple(_loss("sigmoid_loss", {"siglip-8k": 8192}, _SIGLIP, (("ids", 40),))),
+    "sigmoid_loss": tuple(_loss("sigmoid_loss", {"siglip-8k": 8192}, SIGLIP, (("ids", 40),))),
 }
 
 

@@ -88,7 +88,8 @@ def check(run: peers.Run, case: cases.BenchCase, peer: peers.Peer, mode: str, dt
         got = testing.values_and_grads(call, data)
     slack = 1.0 if peer.name == "ours" else PEER_SLACK
     for name, value in got.items():
-        error, limit = testing.max_error(value, want[name]), slack * limits[name]
+        exact = want[name].to(value.device)
+        error, limit = testing.max_error(value, exact), slack * limits[name]
         if not error <= limit:
             return f"{name}: max error {error:.3g}, allowed {limit:.3g}"
     return ""

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusedmm
 from fusedmm import testing
@@ -34,20 +35,22 @@ class Skip(Exception):
 @dataclasses.dataclass(frozen=True)
 class Peer:
     """`stores_scores`: needs O(M * N) memory, skipped where that does not fit.
-    `token_major`: takes inputs laid out as [B, n, H, D], as a projection leaves them."""
+    `token_major`: takes inputs laid out as [B, n, H, D], as a projection leaves them.
+    `devices`: where it is a choice of its own."""
 
     name: str
     ops: tuple[str, ...]
     build: Callable[[BenchCase, str], Run]
     stores_scores: bool = True
     token_major: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def make(self, case: BenchCase, mode: str, itemsize: int) -> Run:
         """The callable for a case, or Skip."""
         if case.op not in self.ops:
             raise Skip(f"does not compute {case.op}")
         need = _SCORE_COPIES * case.scores() * itemsize
-        if self.stores_scores and need > _MEMORY_SHARE * _memory():
+        if self.stores_scores and need > _MEMORY_SHARE * _memory(case.device):
             raise Skip(f"would store scores of about {need / 2**30:.0f} GiB")
         return self.build(case, mode)
 
@@ -59,7 +62,9 @@ class Peer:
         return dataclasses.replace(case, tensors=moved)
 
 
-def _memory() -> float:
+def _memory(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
     with open("/proc/meminfo") as f:
         return 1024.0 * int(f.readline().split()[1])
 
@@ -71,14 +76,17 @@ def _import(name: str):
         raise Skip(f"{name.split('.')[0]} is not installed ({error})") from error
 
 
-def _ours(case: BenchCase, mode: str) -> Run:
-    op, options = getattr(fusedmm, case.op), case.make("fp32").options
+def _ours(backend: str | None) -> Callable[[BenchCase, str], Run]:
+    def build(case: BenchCase, mode: str) -> Run:
+        op, options = getattr(fusedmm, case.op), case.options()
 
-    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        out = op(*tensors, **options)
-        return out if isinstance(out, tuple) else (out,)
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            out = op(*tensors, **options, backend=backend)
+            return out if isinstance(out, tuple) else (out,)
 
-    return run
+        return run
+
+    return build
 
 
 def _bi_attention(qk_x: Tensor, qk_y: Tensor, v_x: Tensor, v_y: Tensor) -> tuple[Tensor, ...]:
@@ -95,13 +103,13 @@ def _co_attention(q_x, k_x, v_x, q_y, k_y, v_y) -> tuple[Tensor, ...]:
 
 def _contrastive(x: Tensor, y: Tensor, logit_scale: Tensor) -> tuple[Tensor, ...]:
     s = logit_scale.to(x.dtype) * x @ y.T
-    target = torch.arange(len(x))
+    target = torch.arange(len(x), device=x.device)
     return ((F.cross_entropy(s.float(), target) + F.cross_entropy(s.T.float(), target)) / 2,)
 
 
 def _sigmoid(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, ...]:
     s = (x @ y.T).float() * logit_scale + logit_bias
-    z = 2 * torch.eye(len(x)) - 1
+    z = 2 * torch.eye(len(x), device=x.device) - 1
     return (-F.logsigmoid(z * s).sum() / len(x),)
 
 
@@ -114,7 +122,7 @@ _PLAIN: dict[str, Run] = {
 
 
 def _eager(case: BenchCase, mode: str) -> Run:
-    options = case.make("fp32").options
+    options = case.options()
     if not options:
         return _PLAIN[case.op]
     names = testing.POSITIONAL[case.op]
@@ -136,12 +144,23 @@ def _two_calls(attend: Callable[[Tensor, Tensor, Tensor], Tensor], op: str) -> R
     return lambda q_x, k_x, v_x, q_y, k_y, v_y: (attend(q_x, k_y, v_y), attend(q_y, k_x, v_x))
 
 
-def _sdpa(case: BenchCase, mode: str) -> Run:
-    return _two_calls(F.scaled_dot_product_attention, case.op)
+def _sdpa(*backends: SDPBackend) -> Callable[[BenchCase, str], Run]:
+    def build(case: BenchCase, mode: str) -> Run:
+        both = _two_calls(F.scaled_dot_product_attention, case.op)
+        if not backends:
+            return both
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with sdpa_kernel(list(backends)):
+                return both(*tensors)
+
+        return run
+
+    return build
 
 
 def _flex(case: BenchCase, mode: str) -> Run:
-    if mode != "fwd":
+    if mode != "fwd" and case.device == "cpu":
         raise Skip("FlexAttention has no backward on CPU")
     flex = _import("torch.nn.attention.flex_attention").flex_attention
     return _two_calls(torch.compile(flex, dynamic=False), case.op)
@@ -221,7 +240,7 @@ def _linear_cross_entropy(options: bool) -> Callable[[BenchCase, str], Run]:
         chunks = {"options": nn.LinearCrossEntropyOptions()} if options else {}
 
         def run(x: Tensor, y: Tensor, logit_scale: Tensor) -> tuple[Tensor, ...]:
-            scale, target = logit_scale.to(x.dtype), torch.arange(len(x))
+            scale, target = logit_scale.to(x.dtype), torch.arange(len(x), device=x.device)
             loss_x = F.linear_cross_entropy(x * scale, y, target, **chunks)
             return ((loss_x + F.linear_cross_entropy(y * scale, x, target, **chunks)) / 2,)
 
@@ -230,24 +249,49 @@ def _linear_cross_entropy(options: bool) -> Callable[[BenchCase, str], Run]:
     return build
 
 
+def _liger(case: BenchCase, mode: str) -> Run:
+    if case.shape.lead:
+        raise Skip("one problem with row i matching column i only")
+    source = _import("liger_kernel.ops.fused_linear_cross_entropy")
+    loss = source.LigerFusedLinearCrossEntropyFunction.apply
+
+    def run(x: Tensor, y: Tensor, logit_scale: Tensor) -> tuple[Tensor, ...]:
+        scale, target = logit_scale.to(x.dtype), torch.arange(len(x), device=x.device)
+        return ((loss(x * scale, y, target)[0] + loss(y * scale, x, target)[0]) / 2,)
+
+    return run
+
+
+def _siglip_kernel(case: BenchCase, mode: str) -> Run:
+    if case.options():
+        raise Skip("one problem with row i matching column i only")
+    loss = _import("siglip_kernel").fused_siglip_loss
+    return lambda x, y, scale, bias: (loss(x, y, scale.log(), bias),)
+
+
 _ALL = tuple(_PLAIN)
+_GPU = ("cuda",)
 PEERS = (
-    Peer("ours", _ALL, _ours, stores_scores=False),
+    Peer("ours", _ALL, _ours(None), stores_scores=False),
+    Peer("ours in Triton", _ALL, _ours("triton"), stores_scores=False, devices=_GPU),
     Peer("eager", _ALL, _eager),
     Peer("compiled", _ALL, _compiled),
-    Peer("sdpa x2", testing.ATTENTIONS, _sdpa, stores_scores=False),
+    Peer("sdpa x2", testing.ATTENTIONS, _sdpa(), stores_scores=False),
+    Peer("cudnn x2", testing.ATTENTIONS, _sdpa(SDPBackend.CUDNN_ATTENTION), False, devices=_GPU),
     Peer("flex x2", testing.ATTENTIONS, _flex, stores_scores=False),
     Peer("hf grounding dino", ("bi_attention",), _grounding_dino, token_major=True),
     Peer("lucidrains", ("bi_attention",), _lucidrains, token_major=True),
     Peer("open_clip", testing.LOSSES, _open_clip),
     Peer("linear_ce x2", ("contrastive_loss",), _linear_cross_entropy(False)),
     Peer("linear_ce chunked x2", ("contrastive_loss",), _linear_cross_entropy(True), False),
+    Peer("liger x2", ("contrastive_loss",), _liger, stores_scores=False, devices=_GPU),
+    Peer("siglip-kernel", ("sigmoid_loss",), _siglip_kernel, stores_scores=False, devices=_GPU),
 )
 
 
-def select(op: str, names: list[str] | None) -> list[Peer]:
-    """Peers of an op by name, ours first; default all."""
-    peers = [p for p in PEERS if op in p.ops]
+def select(op: str, names: list[str] | None, device: str = "cpu") -> list[Peer]:
+    """Peers of an op by name, ours first; default all of `device`."""
+    peers = [p for p in PEERS if op in p.ops and device in p.devices]
     known = {p.name for p in PEERS}
     for name in names or ():
         if name not in known:

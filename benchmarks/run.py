@@ -220,7 +220,7 @@ def save(op: str, info: dict, run: dict, records: list[dict], memory: list[dict]
     return path
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
@@ -228,11 +228,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("op", choices=(*cases.OPS, "all"))
-    parser.add_argument("--cases", type=_names, help="names or groups (model, sweep, overhead)")
-    parser.add_argument("--modes", type=_names, default=["fwd", "fwdbwd"])
-    parser.add_argument("--dtypes", type=_names, default=list(cases.DTYPES))
-    parser.add_argument("--threads", type=_names, default=["1", str(os.cpu_count())])
-    parser.add_argument("--peers", type=_names, help="default: all that apply")
+    parser.add_argument("--cases", type=names, help="names or groups (model, sweep, overhead)")
+    parser.add_argument("--modes", type=names, default=["fwd", "fwdbwd"])
+    parser.add_argument("--dtypes", type=names, default=list(cases.DTYPES))
+    parser.add_argument("--threads", type=names, default=["1", str(os.cpu_count())])
+    parser.add_argument("--peers", type=names, help="default: all that apply")
     parser.add_argument("--seconds", type=float, default=0.2, help="a peer and case")
     parser.add_argument("--quick", action="store_true", help="a few calls; nothing is saved")
     parser.add_argument("--what", choices=("time", "memory", "both", "check"), default="both")
@@ -268,11 +268,18 @@ def run_op(op: str, args: argparse.Namespace, say) -> None:
 def describe_run(threads: list[int], module: str = "benchmarks.run") -> dict[str, Any]:
     """Commit, command, versions and the machine's ceilings at the start of a run."""
     return {
+        **provenance(module),
+        "peaks": {str(t): peaks(t) for t in threads},
+        "versions": _versions(),
+    }
+
+
+def provenance(module: str) -> dict[str, str]:
+    """Commit, date and command."""
+    return {
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": f"python -m {module} " + " ".join(sys.argv[1:]),
-        "peaks": {str(t): peaks(t) for t in threads},
-        "versions": _versions(),
     }
 
 
