@@ -215,8 +215,19 @@ def test_tiles_of_a_full_device(op, backend, dtype, monkeypatch):
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("op", ["bi_attention", "co_attention"])
 def test_blocks_for_every_multiprocessor(op, D):
-    """The compiled kernels' taller tiles, on a device of up to 132; they end beyond the rows."""
+    """The compiled forward's taller tiles, on a device of up to 132; they end beyond the rows."""
     check(op, "cuda", streams(op, 1, 66, 128, 130, D, D, D), {}, torch.bfloat16)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["bi_attention", "co_attention"])
+def test_few_rows_share_their_walks(op, dtype):
+    """Blocks of the compiled kernels that see some of the keys each, one share without any kept."""
+    options = dict(return_lse=True, dropout_p=0.3, scale=0.4, **masks(2, 2500, 140))
+    options["mask_x"][0, :1300] = False
+    tensors = streams(op, 2, 2, 2500, 140, 24, 40, 16, bias=(1, 1, 0, 1))
+    check(op, "cuda", tensors, options, dtype)
 
 
 @pytest.mark.parametrize("sizes", [(150, 100), (150, 140)], ids=["resident", "long"])

@@ -21,6 +21,14 @@ inline int max_shared(const at::Tensor& on) {
   return bytes;
 }
 
+// And all blocks of a multiprocessor together.
+inline int shared_of_multiprocessor(const at::Tensor& on) {
+  int bytes = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                        on.device().index()));
+  return bytes;
+}
+
 inline int multiprocessors(const at::Tensor& on) {
   int n = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, on.device().index()));

@@ -47,6 +47,11 @@ struct Pair {
   bool flip = false;               // dropout counts b's tokens as m, a's as n
   const double* centre = nullptr;  // [B * H] with stride: an lse near which all others should lie
   int64_t centre_stride = 0;
+  // Where a's tokens are too few to keep the device busy, blocks share their keys: each walks
+  // `chunk` of b's tokens and leaves its share of a's results, to be merged in order.
+  int64_t chunks = 1, chunk = 0;
+  float* part = nullptr;       // forward [B * H, chunks, rows, width_o]; backward [.., D + width_v]
+  double* part_lse = nullptr;  // [B * H, chunks, rows], base 2
 };
 
 struct Attention {
@@ -61,8 +66,8 @@ struct Attention {
 struct Resident {
   Attention all;
   int64_t chunks, chunk;
-  float* part;       // forward [B * H, chunks, rows, width_o]; backward [.., D + width_v]
-  double* part_lse;  // [B * H, chunks, rows], base 2
+  float* part;  // as Pair's
+  double* part_lse;
 };
 
 // Gradient of a bias [B or 1, H or 1, M or 1, N or 1], contiguous: ds of pair[0] summed over the

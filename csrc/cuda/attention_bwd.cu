@@ -1,7 +1,7 @@
 // Backward of attention where a block owns rows of one stream and walks the other: co_attention's
 // dq (row softmax) and dk, dv (column softmax), and bi_attention's dqk and dv of either stream
-// where both are long (both softmaxes, s and ds shared). Deterministic: nothing is summed across
-// blocks.
+// where both are long (both softmaxes, s and ds shared). Few rows share what they walk among
+// blocks, whose sums are added in order. Deterministic.
 #include <new>
 
 #include "attention_kernels.h"
@@ -108,17 +108,17 @@ struct Layout {
 };
 
 template <bool kRow, bool kCol, typename T, int kWidth, bool kTall>
-__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, kTall>::kThreads, 1)
+__global__ void __launch_bounds__((OwnerBwd<sizeof(T), kWidth, kTall>::kThreads),
+                                  (kRow && !kCol && sizeof(T) == 2 && kWidth <= 64 ? 3 : 1))
     owner_bwd_kernel(const __grid_constant__ Attention all) {
   using S = OwnerBwd<sizeof(T), kWidth, kTall>;
   using L = Layout<kRow, kCol, T, kWidth, S>;
   constexpr int kNT = S::kNT, kDT = kWidth / 8 / S::kSplit;
   static_assert(S::kMT == 1);
   extern __shared__ __align__(1024) char smem[];
-  const int side = blockIdx.x < all.first ? 0 : 1;
-  const Pair& p = all.pair[side];
-  const Place at(blockIdx.x - (side ? all.first : 0), ceil_div(p.a.rows, S::kRows), all.H);
-  const int head = at.head, b = at.b, h = at.h, m0 = at.block * S::kRows, warp = threadIdx.x / 32;
+  const RowBlock<S::kRows> block(all);
+  const Pair& p = all.pair[block.side];
+  const int head = block.head, b = block.b, h = block.h, m0 = block.m0, warp = threadIdx.x / 32;
   const int heads = static_cast<int>(all.B * all.H);
   const int row0 = warp / S::kSplit * 16, col0 = warp % S::kSplit * 8 * kDT;
   const uint32_t base = shared_address(smem);
@@ -138,13 +138,15 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, kTall>::kThreads, 
   clear(dv);
   const auto load = [&](int j, int stage) {
     const Tiles<T, kWidth> t = L::walked(base, stage);
-    load_tiles<S::kCols, kRow, kCol>(t, walked, j * S::kCols, copier);
+    const int n0 = j * S::kCols;
+    load_tiles<S::kCols, kRow, kCol>(t, walked, n0, copier);
     if constexpr (kCol) {
       const uint32_t to = L::stats(base, stage);
-      load_stats<S::kCols, S::kThreads>(to, p.b, head, j * S::kCols, heads);
+      load_stats<S::kCols, S::kThreads>(to, p.b, head, n0, heads);
     }
   };
-  walk<S::kStages>(static_cast<int>(ceil_div(p.b.rows, S::kCols)), load, [&](int j, int stage) {
+  const int end = static_cast<int>(ceil_div(block.end, S::kCols));
+  walk<S::kStages>(block.from / S::kCols, end, load, [&](int j, int stage) {
     const Tiles<T, kWidth> other = L::walked(base, stage);
     float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
     uint64_t passes[1];
@@ -163,25 +165,32 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, kTall>::kThreads, 
   __syncthreads();  // orders the last reads of a's tiles before the results that take their place
   using Store = Storer<T, kDT>;
   const Store store({base + warp * 16 * Store::Stage::kRowBytes}, false);
-  const int64_t first = head * p.a.rows + m0 + row0, rows = p.a.rows - m0 - row0;
-  const auto write = [&](void* out, int64_t columns, const float (&c)[kDT][4]) {
+  // Anew, for registers' sake.
+  const RowBlock<S::kRows> out(all, kept_register(blockIdx.x));
+  const int from = out.m0 + row0;
+  const int64_t first = out.head * p.a.rows + from, rows = p.a.rows - from;
+  float* part = p.part + (out.head * p.chunks + out.share) * p.a.rows * (p.width + p.a.width_v);
+  const auto write = [&](void* to, float* share, int64_t columns, const float (&c)[kDT][4]) {
+    if (to == nullptr) return;
     const int width = static_cast<int>(columns), cols = width - col0;
-    store(store.start(out, first, width) + col0, store.whole(rows, width, cols), rows, width, cols,
-          c);
+    if (p.chunks > 1) {
+      put_rows(share, from, p.a.rows, width, col0, c);
+    } else {
+      store(store.start(to, first, width) + col0, store.whole(rows, width, cols), rows, width, cols,
+            c);
+    }
   };
-  if (p.a.dqk) {
 #pragma unroll
-    for (int i = 0; i < 4 * kDT; ++i) dqk[0][i / 4][i % 4] *= p.scale;
-    write(p.a.dqk, p.width, dqk[0]);
-  }
-  if (kCol && p.a.dv) {
+  for (int i = 0; i < 4 * kDT; ++i) dqk[0][i / 4][i % 4] *= p.scale;
+  write(p.a.dqk, part, p.width, dqk[0]);
+  if constexpr (kCol) {
     if (!stats.all()) {
 #pragma unroll
       for (int i = 0; i < 4 * kDT; ++i) {
         if (!stats.keep(i % 4 / 2)) dv[0][i / 4][i % 4] = 0.0f;
       }
     }
-    write(p.a.dv, p.a.width_v, dv[0]);
+    write(p.a.dv, part + p.a.rows * p.width, p.a.width_v, dv[0]);
   }
 }
 
@@ -308,7 +317,7 @@ Kernel owner_bwd(DType dtype, int width, Softmax which, bool tall) {
     constexpr int kW = w;
     return by_softmax(which, [tall](auto row, auto col) {
       constexpr bool kRow = row, kCol = col;
-      return by_height<kHasTall<sizeof(T), kW>>(tall, [](auto tall) {
+      return by_height<kHasTallBwd<sizeof(T), kW>>(tall, [](auto tall) {
         return kernel<kRow, kCol, T, kW, OwnerBwd<sizeof(T), kW, tall>>(
             reinterpret_cast<const void*>(&owner_bwd_kernel<kRow, kCol, T, kW, tall>));
       });

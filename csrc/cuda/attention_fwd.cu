@@ -1,6 +1,6 @@
 // Forward of one softmax direction: o = softmax(s, keys) @ v and lse in one walk over the keys, for
 // both directions of a call in one launch. Serves co_attention, and bi_attention where both streams
-// are long.
+// are long. Few queries share their keys among blocks.
 #include "attention_kernels.h"
 #include "softmax.cuh"
 #include "sources.cuh"
@@ -48,15 +48,15 @@ __device__ inline void raise_row(Reference& ref, float& total, float (&o)[kDT][4
 
 // A block owns kRows queries of one head and walks the keys; p stays in registers.
 template <typename T, int kWidth, bool kTall>
-__global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads, 1)
+__global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kTall>::kThreads),
+                                  (AttendFwd<sizeof(T), kWidth, kTall>::kBlocks))
     attend_fwd_kernel(const __grid_constant__ Attention all) {
   using S = AttendFwd<sizeof(T), kWidth, kTall>;
   constexpr int kMT = S::kMT, kNT = S::kNT, kDT = kWidth / 8 / S::kSplit;
   extern __shared__ __align__(1024) char smem[];
-  const int side = blockIdx.x < all.first ? 0 : 1;
-  const Pair& p = all.pair[side];
-  const Place at(blockIdx.x - (side ? all.first : 0), ceil_div(p.a.rows, S::kRows), all.H);
-  const int head = at.head, b = at.b, h = at.h, m0 = at.block * S::kRows;
+  const RowBlock<S::kRows> block(all);
+  const Pair& p = all.pair[block.side];
+  const int b = block.b, h = block.h, m0 = block.m0;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row0 = warp / S::kSplit * 16 * kMT, col0 = warp % S::kSplit * 8 * kDT;
 
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
 
   load_tile<S::kRows, S::kThreads>(q, Matrix<T>(p.a.qk, b, h, p.a.rows, p.width), m0);
   __syncthreads();  // orders the write of `walked` before its reads
-  const Copier<S::kThreads, Tile<T, kWidth>> copier(true);
+  const Copier<S::kThreads, Tile<T, kWidth>> copier(S::kBlocks == 1);
   const auto tiles = [&](int stage) -> Tiles<T, kWidth> {
     const uint32_t k = stages + 2 * stage * kTileBytes, v = k + kTileBytes;
     return {{k}, {v}, {v}};
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
   const auto load = [&](int j, int stage) {
     load_tiles<S::kCols, true, false>(tiles(stage), walked, j * S::kCols, copier);
   };
-  walk<S::kStages>(static_cast<int>(ceil_div(p.b.rows, S::kCols)), load, [&](int j, int stage) {
+  const int end = static_cast<int>(ceil_div(block.end, S::kCols));
+  walk<S::kStages>(block.from / S::kCols, end, load, [&](int j, int stage) {
     const Tiles<T, kWidth> t = tiles(stage);
     const int n0 = j * S::kCols;
     const ColumnBits<kNT> kept(keep, n0, p.b.rows);
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
     for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] += part[i / 2][i % 2];
     if (all.dropout.on) {
       uint64_t on[kMT];
-      drop_bits<kMT, kNT>(on, all.dropout, p.drop_a, p.flip, head, m0 + row0, n0);
+      drop_bits<kMT, kNT>(on, all.dropout, p.drop_a, p.flip, block.head, m0 + row0, n0);
 #pragma unroll
       for (int m = 0; m < kMT; ++m) drop_tile(s[m], on[m], all.dropout.factor);
     }
@@ -147,9 +148,13 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
   using Store = Storer<T, kDT>;
   const Store store({q.base + warp * 16 * Store::Stage::kRowBytes}, false);
   const int width = static_cast<int>(p.a.width_o);
+  // Anew, for registers' sake.
+  const RowBlock<S::kRows> out(all, kept_register(blockIdx.x));
+  const int64_t rows0 = out.head * p.a.rows;
+  const int64_t part = (out.head * p.chunks + out.share) * p.a.rows;
 #pragma unroll
   for (int m = 0; m < kMT; ++m) {
-    const int first = m0 + row0 + 16 * m;
+    const int first = out.m0 + row0 + 16 * m;
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -158,15 +163,23 @@ __global__ void __launch_bounds__(AttendFwd<sizeof(T), kWidth, kTall>::kThreads,
       const int row = first + lane / 4 + 8 * r;
       if (lane % 4 == 0 && col0 == 0 && row < p.a.rows) {
         const float log2 = sizeof(T) == 4 ? log2f(sum) : log2_fast(sum);
-        const double lse2 = static_cast<double>(log2) - ref[m][r].less;
-        p.a.lse[head * p.a.rows + row] = sum == 0.0f ? -kInf : lse2 * kLn2;
+        const double lse2 = sum == 0.0f ? -kInf : static_cast<double>(log2) - ref[m][r].less;
+        if (p.chunks > 1) {
+          p.part_lse[part + row] = lse2;
+        } else {
+          p.a.lse[rows0 + row] = lse2 * kLn2;
+        }
       }
     }
 #pragma unroll
     for (int i = 0; i < 4 * kDT; ++i) o[m][i / 4][i % 4] *= factor[i % 4 / 2];
-    T* out = store.start(p.a.o, head * p.a.rows + first, width) + col0;
+    if (p.chunks > 1) {
+      put_rows(p.part + part * width, first, p.a.rows, width, col0, o[m]);
+      continue;
+    }
+    T* to = store.start(p.a.o, rows0 + first, width) + col0;
     const int64_t rows = p.a.rows - first;
-    store(out, store.whole(rows, width, width - col0), rows, width, width - col0, o[m]);
+    store(to, store.whole(rows, width, width - col0), rows, width, width - col0, o[m]);
   }
 }
 
@@ -176,7 +189,7 @@ Kernel attend_fwd(DType dtype, int width, bool tall) {
   return pick(dtype, width, [tall](auto type, auto w) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
-    return by_height<kHasTall<sizeof(T), kW>>(tall, [](auto tall) {
+    return by_height<kHasTallFwd<sizeof(T), kW>>(tall, [](auto tall) {
       using S = AttendFwd<sizeof(T), kW, tall>;
       return Kernel{reinterpret_cast<const void*>(&attend_fwd_kernel<T, kW, tall>), S::kRows,
                     S::kCols, S::kThreads, smem_bytes<T, kW, S>()};

@@ -11,6 +11,7 @@ struct Kernel {
   const void* function = nullptr;
   int rows = 0, cols = 0;  // of a tile
   int threads = 0, smem = 0;
+  int blocks = 2;  // that a multiprocessor's registers suffice for
 };
 
 // make(tall) with the flag as a constant, a Kernel without function where no tile is tall.

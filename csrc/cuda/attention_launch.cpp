@@ -1,7 +1,10 @@
 // co_attention and bi_attention on CUDA tensors: allocates results, fills Params, launches.
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <limits>
+#include <optional>
+#include <vector>
 
 #include "../common/launch.h"
 #include "../ops.h"
@@ -54,11 +57,21 @@ at::Tensor lse_of(const at::Tensor& like) {
   return at::empty({like.size(0), like.size(1), like.size(2)}, like.options().dtype(at::kDouble));
 }
 
-// One block a tile of rows of `a`, of both pairs.
+int64_t tiles_of(int64_t rows, int64_t tile) { return (rows + tile - 1) / tile; }
+
+// A block a tile of rows of `a` and share of its walk, of both pairs.
 int64_t row_programs(Attention& all, int rows) {
-  const auto tiles = [&](const Pair& p) { return all.B * all.H * ((p.a.rows + rows - 1) / rows); };
-  all.first = tiles(all.pair[0]);
-  return all.first + tiles(all.pair[1]);
+  const auto blocks = [&](const Pair& p) {
+    return all.B * all.H * tiles_of(p.a.rows, rows) * p.chunks;
+  };
+  all.first = blocks(all.pair[0]);
+  return all.first + blocks(all.pair[1]);
+}
+
+// Blocks for which a multiprocessor has shared memory.
+int blocks_by_memory(const Kernel& k, const at::Tensor& on) {
+  constexpr int kReserved = 1024;  // bytes a block
+  return shared_of_multiprocessor(on) / (k.smem + kReserved);
 }
 
 // The resident regime's kernel and problem, or an empty kernel where neither stream is short
@@ -78,64 +91,127 @@ struct Regime {
     }
     problem.all = all;
     if (M < N) std::swap(problem.all.pair[0], problem.all.pair[1]);
-    // At most one block a multiprocessor in all, but one a head, and none of few rows: every
-    // further block of a head writes and reads its share of b's results.
+    const int64_t tiles = tiles_of(problem.all.pair[0].a.rows, kernel.rows);
+    problem.chunk = tiles_of(tiles, chunks_wanted(on)) * kernel.rows;
+    problem.chunks = tiles_of(problem.all.pair[0].a.rows, problem.chunk);
+  }
+  // At most one block a multiprocessor in all, but one a head, and none of few rows: every further
+  // block of a head writes and reads its share of b's results. Where heads alone occupy the device,
+  // as many blocks a head as leave the least of it idle in the last round, if that is an eighth
+  // less.
+  int64_t chunks_wanted(const at::Tensor& on) const {
     constexpr int64_t kFewRows = 128;
-    const int64_t heads = all.B * all.H, rows = problem.all.pair[0].a.rows;
-    const int64_t tiles = (rows + kernel.rows - 1) / kernel.rows;
-    const int64_t share = std::min(multiprocessors(on) / heads, rows / kFewRows);
-    const int64_t wanted = std::max(share, int64_t{1});
-    problem.chunk = (tiles + wanted - 1) / wanted * kernel.rows;
-    problem.chunks = (rows + problem.chunk - 1) / problem.chunk;
+    constexpr int64_t kStart = 3;  // tiles that a block's start and end are worth, about
+    const int64_t heads = problem.all.B * problem.all.H, rows = problem.all.pair[0].a.rows;
+    const int64_t most = std::max(rows / kFewRows, int64_t{1});
+    if (heads < multiprocessors(on)) return std::min(multiprocessors(on) / heads, most);
+    const int64_t blocks = std::min(blocks_by_memory(kernel, on), kernel.blocks);
+    const int64_t slots = multiprocessors(on) * blocks, tiles = tiles_of(rows, kernel.rows);
+    int64_t best = 1;
+    const auto cost = [&](int64_t n) {
+      return tiles_of(heads * n, slots) * (tiles_of(tiles, n) + kStart);
+    };
+    for (int64_t n = 2; n <= std::min(most, int64_t{4}); ++n) {
+      if (cost(n) < cost(best)) best = n;
+    }
+    return 8 * cost(best) < 7 * cost(1) ? best : 1;
   }
   int64_t blocks() const { return problem.all.B * problem.all.H * problem.chunks; }
 };
 
-// One launch, and a second that adds up the chunks' shares of `width` numbers a resident token.
-void launch_resident(Regime& r, int64_t width, const Kernel& second, int64_t blocks,
-                     const at::Tensor& on) {
-  Resident& p = r.problem;
-  at::Tensor part, part_lse;
-  if (p.chunks > 1) {
-    const int64_t rows = p.all.pair[0].b.rows;
-    part = at::empty({r.blocks(), rows, width}, on.options().dtype(at::kFloat));
-    part_lse = at::empty({r.blocks(), rows}, on.options().dtype(at::kDouble));
-    p.part = part.data_ptr<float>(), p.part_lse = part_lse.data_ptr<double>();
-  }
-  launch(r.kernel.function, r.blocks(), r.kernel.threads, r.kernel.smem, p, on);
-  if (p.chunks > 1) launch(second.function, blocks, second.threads, second.smem, p, on);
-}
-
-void launch_resident_fwd(Regime& r, const at::Tensor& on) {
+// o and lse of pair[0].b from the shares of its chunks.
+void merge_shares(const Resident& r, const at::Tensor& on) {
   const Kernel k = merge(dtype_of(on));
-  const Stream& s = r.problem.all.pair[0].b;
-  const int64_t heads = r.problem.all.B * r.problem.all.H;
-  launch_resident(r, s.width_o, k, heads * ((s.rows + k.rows - 1) / k.rows), on);
+  const int64_t blocks = r.all.B * r.all.H * tiles_of(r.all.pair[0].b.rows, k.rows);
+  launch(k.function, blocks, k.threads, k.smem, r, on);
 }
 
-void launch_resident_bwd(Regime& r, const at::Tensor& on) {
+// Gradients of pair[0].b, likewise.
+void sum_shares(const Resident& r, const at::Tensor& on) {
   const Kernel k = sum_chunks(dtype_of(on));
-  const Pair& p = r.problem.all.pair[0];
-  const int64_t heads = r.problem.all.B * r.problem.all.H;
-  const auto blocks = [&](int64_t width) { return (p.b.rows * width + k.rows - 1) / k.rows; };
-  const int64_t all = heads * (blocks(p.width) + blocks(p.b.width_v));
-  launch_resident(r, p.width + p.b.width_v, k, all, on);
+  const Pair& p = r.all.pair[0];
+  const auto blocks = [&](int64_t width) { return tiles_of(p.b.rows * width, k.rows); };
+  const int64_t all = r.all.B * r.all.H * (blocks(p.width) + blocks(p.b.width_v));
+  launch(k.function, all, k.threads, k.smem, r, on);
 }
 
-// Launches pick(tall) on the rows of both pairs: taller tiles where every multiprocessor has one.
+// Room for the shares of one stream's results, `width` numbers a token.
+struct Shares {
+  at::Tensor part, lse;
+
+  template <typename Chunked>  // Pair or Resident
+  Shares(Chunked& p, int64_t tokens, int64_t width, const at::Tensor& on)
+      : part(at::empty({tokens, width}, on.options().dtype(at::kFloat))),
+        lse(at::empty({tokens}, on.options().dtype(at::kDouble))) {
+    p.part = part.data_ptr<float>(), p.part_lse = lse.data_ptr<double>();
+  }
+};
+
+// One launch, and `join` of the chunks' shares of `width` numbers a resident token.
+template <typename Join>
+void launch_resident(Regime& r, int64_t width, const at::Tensor& on, const Join& join) {
+  Resident& p = r.problem;
+  std::optional<Shares> shares;
+  if (p.chunks > 1) shares.emplace(p, r.blocks() * p.all.pair[0].b.rows, width, on);
+  launch(r.kernel.function, r.blocks(), r.kernel.threads, r.kernel.smem, p, on);
+  if (p.chunks > 1) join(p, on);
+}
+
+// Divides walks that are longer than every block's would be if all were even, and puts the longer
+// ones first: the device would wait for them.
+void share_walks(Attention& all, const Kernel& k, const at::Tensor& on) {
+  constexpr int64_t kLeast = 1024;  // tokens of a share: fewer are not worth a further launch
+  constexpr int64_t kBlocks = 2;    // that a multiprocessor runs at once
+  constexpr int64_t kWhole = 128;   // of all tiles and statistics
+  int64_t walked = 0;
+  for (const Pair& p : all.pair) walked += tiles_of(p.a.rows, k.rows) * p.b.rows;
+  walked *= all.B * all.H;
+  const int64_t even = std::max(walked / (kBlocks * multiprocessors(on)), kLeast);
+  for (Pair& p : all.pair) {
+    const int64_t wanted = std::max((p.b.rows + even / 2) / even, int64_t{1});
+    p.chunk = tiles_of(tiles_of(p.b.rows, kWhole), wanted) * kWhole;
+    p.chunks = std::max(tiles_of(p.b.rows, p.chunk), int64_t{1});
+  }
+  if (all.pair[0].chunk < all.pair[1].chunk) std::swap(all.pair[0], all.pair[1]);
+}
+
+// The tall tile of pick(tall) if a stream has more rows than the other tile, its blocks occupy half
+// of the device before they share walks, and a multiprocessor runs eight of its warps at once.
 template <typename Pick>
-void launch_rows(Attention& all, const at::Tensor& on, const Pick& pick) {
-  Kernel k = pick(true);
-  if (k.function == nullptr || k.smem > max_shared(on) ||
-      row_programs(all, k.rows) < multiprocessors(on)) {
-    k = pick(false);
+Kernel pick_rows(Attention& all, const at::Tensor& on, const Pick& pick) {
+  const Kernel low = pick(false), tall = pick(true);
+  if (tall.function == nullptr || tall.smem > max_shared(on)) return low;
+  const int threads = blocks_by_memory(tall, on) * tall.threads;
+  const int64_t rows = std::max(all.pair[0].a.rows, all.pair[1].a.rows);
+  const bool busy = 2 * row_programs(all, tall.rows) >= multiprocessors(on);
+  return threads >= 256 && rows > low.rows && busy ? tall : low;
+}
+
+// Launches pick(tall) on the rows of both pairs. Shares of results are width(pair) numbers a token,
+// and joined.
+template <typename Pick, typename Width, typename Join>
+void launch_rows(Attention all, const at::Tensor& on, const Pick& pick, const Width& width,
+                 const Join& join) {
+  const Kernel k = pick_rows(all, on, pick);
+  share_walks(all, k, on);
+  std::vector<Shares> shares;
+  for (Pair& p : all.pair) {
+    const int64_t tokens = all.B * all.H * p.chunks * p.a.rows;
+    if (p.chunks > 1) shares.emplace_back(p, tokens, width(p), on);
   }
   launch(k.function, row_programs(all, k.rows), k.threads, k.smem, all, on);
+  for (const Pair& p : all.pair) {
+    if (p.chunks == 1) continue;
+    Resident r{all, p.chunks, p.chunk, p.part, p.part_lse};
+    r.all.pair[0] = p, r.all.pair[0].b = p.a;
+    join(r, on);
+  }
 }
 
-void launch_fwd(Attention& all, const at::Tensor& on) {
+void launch_fwd(const Attention& all, const at::Tensor& on) {
   const auto pick = [&](bool tall) { return attend_fwd(dtype_of(on), width_of(all), tall); };
-  launch_rows(all, on, pick);
+  const auto width = [](const Pair& p) { return p.a.width_o; };
+  launch_rows(all, on, pick, width, merge_shares);
 }
 
 Attention bi(const at::Tensor& qk_x, const at::Tensor& qk_y, const at::Tensor& v_x,
@@ -209,7 +285,8 @@ void launch_owner(Attention all, Softmax which, const at::Tensor& on) {
     if (!p.a.dqk && !p.a.dv) p.a.rows = 0;  // no programs
   }
   const auto pick = [&](bool tall) { return owner_bwd(dtype_of(on), width_of(all), which, tall); };
-  launch_rows(all, on, pick);
+  const auto width = [](const Pair& p) { return p.width + p.a.width_v; };
+  launch_rows(all, on, pick, width, sum_shares);
 }
 
 // The gradient of a bias. Where it is constant over the keys of a softmax, ds of that softmax sums
@@ -266,7 +343,7 @@ Four bi_attention_fwd(const at::Tensor& qk_x, const at::Tensor& qk_y, const at::
   all.pair[1] = swapped(p);
   Regime regime(all, qk_x, resident_fwd);
   if (regime.kernel.function) {
-    launch_resident_fwd(regime, qk_x);
+    launch_resident(regime, regime.problem.all.pair[0].b.width_o, qk_x, merge_shares);
   } else {
     launch_fwd(all, qk_x);
   }
@@ -314,7 +391,8 @@ std::vector<at::Tensor> bi_attention_bwd(
   if (!regime.kernel.function) {
     launch_owner(all, Softmax::kBoth, qk_x);
   } else if (needs[0] || needs[1] || needs[2] || needs[3]) {
-    launch_resident_bwd(regime, qk_x);
+    const Pair& r = regime.problem.all.pair[0];
+    launch_resident(regime, r.width + r.b.width_v, qk_x, sum_shares);
   }
   if (needs[4]) out.grads.push_back(launch_dbias(all, *bias, true, x, y, qk_x));
   return out.grads;

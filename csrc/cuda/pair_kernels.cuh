@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(PairFwd<kWidth>::kThreads, 1)
     load_tile<S::kCols, S::kThreads>(y, ys, (block.begin + j) * S::kCols);
   };
   const Lanes<Tile<T, kWidth>> lanes(kWidth > 64);
-  walk<S::kStages>(block.end - block.begin, load, [&](int j, int stage) {
+  walk<S::kStages>(0, block.end - block.begin, load, [&](int j, int stage) {
     const Tile<T, kWidth> y{stages + stage * kTileBytes};
     float s[S::kMT][S::kNT][4];
     clear(s);
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(PairBwd<kWidth>::kThreads, 1)
     load_facts<S::kCols, S::kThreads>(base + facts(stage), b.facts, block.g, n0);
   };
   const Lanes<Tile<T, kWidth>> lanes;
-  walk<S::kStages>(block.end - block.begin, load, [&](int j, int stage) {
+  walk<S::kStages>(0, block.end - block.begin, load, [&](int j, int stage) {
     const Tile<T, kWidth> t{base + L::kOwn + stage * L::kWalked};
     if (j == 0) ds.begin();
     float x[S::kMT][S::kNT][4];

@@ -50,7 +50,7 @@ __device__ inline void finish_rows(void* out, int64_t first, int rows, int64_t w
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
+__global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, ResidentBwd<kWidth>::kBlocks)
     resident_bwd_kernel(const __grid_constant__ Resident p) {
   using S = ResidentBwd<kWidth>;
   using L = Layout<T, kWidth, S>;
@@ -77,12 +77,12 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   // In shared memory: between loads they take no registers.
   Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
   if (threadIdx.x == 0) walked = Sources<T>(a, pair.width, b, h, true, kWidth);
-  const Copier<S::kThreads, Tile<T, kWidth>> copier(true);
+  const Copier<S::kThreads, Tile<T, kWidth>> copier(S::kBlocks == 1);
   const Sources<T> resident(other, pair.width, b, h, true, kWidth);
   load_tiles<S::kCols, true, true>(tb, resident, 0, copier);
   __syncthreads();  // orders the write of `walked` before its reads
   load_stats<S::kCols, S::kThreads>(base + L::kStat, other, head, 0, heads);
-  const Lanes<Tile<T, kWidth>> lanes;
+  const Lanes<Tile<T, kWidth>> lanes(S::kBlocks == 1);
   const Lanes<Tile<T, S::kCols, true>> lanes_p;
   const Storer<T, S::kChunk / 8> store({ds_rows.address(row0, 0)}, false);
   const auto ds_at = spot_of(ds_rows, row0), pf_at = spot_of(pf_rows, row0);
@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(ResidentBwd<kWidth>::kThreads, 1)
   const auto load = [&](int j, int stage) {
     load_tiles<S::kRows, true, true>(L::stage(base, stage), walked, start + j * S::kRows, copier);
   };
-  walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
+  const int tiles = static_cast<int>(ceil_div(end - start, S::kRows));
+  walk<S::kStages>(0, tiles, load, [&](int j, int stage) {
     const Tiles<T, kWidth> ta = L::stage(base, stage);
     const int m0 = start + j * S::kRows, left = end - m0 - row0;
     const int64_t first = head * a.rows + m0 + row0;

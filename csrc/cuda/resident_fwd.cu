@@ -8,6 +8,8 @@
 // fp32; then they are set anew and the sums rescaled, as for the first tile. bf16 reaches as far as
 // fp32: there p_col has no gain, the sums of columns near `top` refer to that, and so do the rows,
 // u = top and p_col = p_row, where their sums show that they lie near it.
+#include <algorithm>
+
 #include "attention_kernels.h"
 #include "softmax.cuh"
 #include "sources.cuh"
@@ -100,12 +102,14 @@ __device__ inline bool set_references(Columns<S>& c, float& top, const float (&s
 }
 
 template <typename T, int kWidth, int kCols>
-__global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
+__global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
+                                  (ResidentFwd<kWidth, kCols>::kBlocks))
     resident_fwd_kernel(const __grid_constant__ Resident p) {
   using S = ResidentFwd<kWidth, kCols>;
   using L = Layout<T, kWidth, S>;
   constexpr int kNT = S::kNT, kMC = S::kMC, kDC = S::kDC, kSteps = kCols / kStep<T>;
   constexpr bool kGain = std::is_same_v<T, __half>;
+  constexpr bool kHold = kCols < 128 && S::kBlocks == 1;  // a lane's places in registers
   static_assert(S::kMT == 1 && sizeof(T) == 2);
   extern __shared__ __align__(1024) char smem[];
   const Attention& all = p.all;
@@ -133,12 +137,12 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
   for (int n = threadIdx.x; n < kCols; n += S::kThreads) {
     state.ref[n] = state.unit[n] = -kInf;
   }
-  const Copier<S::kThreads, Tile<T, kWidth>> copier(kCols < 128);
-  const Lanes<Tile<T, kWidth>> lanes(kCols < 128);
-  const Lanes<Tile<T, kCols, true>> lanes_p(kCols < 128);
-  const Storer<T, S::kChunk / 8> store({p_col.address(row0, 0)}, kCols < 128);
+  const Copier<S::kThreads, Tile<T, kWidth>> copier(kHold);
+  const Lanes<Tile<T, kWidth>> lanes(kHold);
+  const Lanes<Tile<T, kCols, true>> lanes_p(kHold);
+  const Storer<T, S::kChunk / 8> store({p_col.address(row0, 0)}, kHold);
   auto p_at = spot_of(p_col, row0);
-  if (kCols < 128) p_at.at = kept_register(p_at.at);
+  if (kHold) p_at.at = kept_register(p_at.at);
   const int width_a = static_cast<int>(a.width_o);
   float acc[kMC][kDC][4], total[2 * kNT], top = 0.0f;
   clear(acc);
@@ -153,7 +157,8 @@ __global__ void __launch_bounds__(ResidentFwd<kWidth, kCols>::kThreads, 1)
     const Tiles<T, kWidth> t{{qk}, {v}, {v}};
     load_tiles<S::kRows, true, false>(t, walked, start + j * S::kRows, copier);
   };
-  walk<S::kStages>(static_cast<int>(ceil_div(end - start, S::kRows)), load, [&](int j, int stage) {
+  const int tiles = static_cast<int>(ceil_div(end - start, S::kRows));
+  walk<S::kStages>(0, tiles, load, [&](int j, int stage) {
     const Tile<T, kWidth> qk_a{L::stage(base, stage)}, v_a{qk_a.base + L::kA};
     const int m0 = start + j * S::kRows, row = m0 + row0 + lane / 4;
     const ColumnBits<kNT, false> kept(keep_b, 0, other.rows);  // s: -inf past rows
@@ -411,8 +416,10 @@ __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ Resi
 template <typename T, int kWidth, int kCols>
 Kernel kernel() {
   using S = ResidentFwd<kWidth, kCols>;
-  return {reinterpret_cast<const void*>(&resident_fwd_kernel<T, kWidth, kCols>), S::kRows, kCols,
-          S::kThreads, static_cast<int>(Layout<T, kWidth, S>::kBytes)};
+  Kernel k{reinterpret_cast<const void*>(&resident_fwd_kernel<T, kWidth, kCols>), S::kRows, kCols,
+           S::kThreads, static_cast<int>(Layout<T, kWidth, S>::kBytes)};
+  k.blocks = std::max(S::kBlocks, k.blocks);
+  return k;
 }
 
 }  // namespace

@@ -1,9 +1,27 @@
-// Tiles of one stream of attention, and where their rows come from.
+// What a block works on, tiles of one stream of attention, and where their rows come from.
 #pragma once
 
 #include "tile.cuh"
 
 namespace fmm::cuda {
+
+// Rows [m0, m0 + kRows) of pair[side].a, which walk rows [from, end) of b.
+template <int kRows>
+struct RowBlock {
+  int side, head, b, h, m0, share, from, end;
+
+  __device__ explicit RowBlock(const Attention& all, unsigned block = blockIdx.x)
+      : side(block < all.first ? 0 : 1) {
+    const Pair& p = all.pair[side];
+    const unsigned chunks = static_cast<unsigned>(p.chunks);
+    const Place at(block - (side ? all.first : 0), ceil_div(p.a.rows, kRows) * chunks, all.H);
+    head = at.head, b = at.b, h = at.h;
+    const unsigned tile = static_cast<unsigned>(at.block) / chunks;
+    m0 = tile * kRows, share = at.block - tile * chunks;
+    from = share * static_cast<int>(p.chunk);
+    end = static_cast<int>(chunks == 1 ? p.b.rows : min(from + p.chunk, p.b.rows));
+  }
+};
 
 // Rows of a stream: qk; v as keys of the row softmax or, of the other stream, the column softmax;
 // d_o, the gradients of their results.

@@ -344,13 +344,13 @@ __device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int r
   load_tile<kRows>(tile, m, row0, m.plain(kWidth), lane);
 }
 
-// body(j, stage) for j in [0, n), tile j loaded by load(j, stage) up to kStages - 1 steps ahead.
+// body(j, stage) for j in [from, n), tile j loaded by load(j, stage) up to kStages - 1 steps ahead.
 // With one stage the load is waited for; with more a tile has one barrier.
 template <int kStages, typename Load, typename Body>
-__device__ inline void walk(int n, const Load& load, const Body& body) {
+__device__ inline void walk(int from, int n, const Load& load, const Body& body) {
   n = static_cast<int>(kept_register(n));
   if constexpr (kStages == 1) {
-    for (int j = 0; j < n; ++j) {
+    for (int j = from; j < n; ++j) {
       __syncthreads();  // orders the reads of tile j - 1 before its overwriting
       load(j, 0);
       cp_async_commit();
@@ -360,11 +360,11 @@ __device__ inline void walk(int n, const Load& load, const Body& body) {
     }
   } else {
     for (int j = 0; j < kStages - 1; ++j) {
-      if (j < n) load(j, j);
+      if (from + j < n) load(from + j, j);
       cp_async_commit();
     }
     int stage = 0;
-    for (int j = 0; j < n; ++j) {
+    for (int j = from; j < n; ++j) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // orders tile j's writes before its reads, reads of j - 1 before new writes
       const int next = j + kStages - 1;

@@ -1,13 +1,15 @@
 // Tiles by element size and padded width: the only place where tile literals live. All fit 99 KiB
-// of shared memory (sm_86, sm_89, sm_120) unless said. No row was measured on hardware.
+// of shared memory (sm_86, sm_89, sm_120) unless said. Those of 16-bit types were compared on an
+// H100 (docs/gpu.md), the others on no hardware.
 #pragma once
 
 namespace fmm::cuda {
 
 // A block of kRows rows walks tiles of kCols columns: kWarps warps, each 16 * kMT rows and one of
-// kSplit parts of the width.
-template <int kRows_, int kCols_, int kWarps_, int kSplit_, int kStages_>
+// kSplit parts of the width. A multiprocessor's registers are to suffice for kBlocks blocks.
+template <int kRows_, int kCols_, int kWarps_, int kSplit_, int kStages_, int kBlocks_ = 1>
 struct Shape {
+  static constexpr int kBlocks = kBlocks_;
   static constexpr int kRows = kRows_, kCols = kCols_, kWarps = kWarps_, kSplit = kSplit_;
   static constexpr int kStages = kStages_, kThreads = 32 * kWarps;
   static constexpr int kMT = kRows * kSplit / (16 * kWarps);
@@ -40,17 +42,19 @@ struct PairBwd<128> : Shape<64, 64, 4, 1, 2> {};
 template <>
 struct PairBwd<256> : Shape<64, 32, 4, 1, 2> {};
 
-// Tall tiles read the walked stream less often; for so many tokens that every multiprocessor has a
-// block.
+// Tall tiles are for more rows than the others have, and devices that run eight of their warps at
+// once.
 template <int kBytes, int kWidth>
-constexpr bool kHasTall = kBytes == 2 && kWidth <= 128;
+constexpr bool kHasTallFwd = kBytes == 2 && kWidth >= 64;
+template <int kBytes, int kWidth>
+constexpr bool kHasTallBwd = kBytes == 2 && kWidth == 256;
 
 template <int kBytes, int kWidth, bool kTall>
 struct AttendFwd;  // one direction: q resident, k and v walked
 template <>
-struct AttendFwd<2, 32, false> : Shape<128, 64, 4, 1, 2> {};
+struct AttendFwd<2, 32, false> : Shape<64, 64, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 64, false> : Shape<128, 64, 4, 1, 2> {};
+struct AttendFwd<2, 64, false> : Shape<64, 64, 4, 1, 2, 4> {};
 template <>
 struct AttendFwd<2, 128, false> : Shape<64, 64, 4, 1, 2> {};
 template <>
@@ -64,11 +68,11 @@ struct AttendFwd<4, 128, false> : Shape<64, 16, 4, 1, 2> {};
 template <>
 struct AttendFwd<4, 256, false> : Shape<32, 16, 4, 2, 2> {};
 template <>
-struct AttendFwd<2, 32, true> : Shape<256, 64, 8, 1, 2> {};
+struct AttendFwd<2, 64, true> : Shape<128, 64, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 64, true> : Shape<256, 64, 8, 1, 2> {};
+struct AttendFwd<2, 128, true> : Shape<128, 32, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 128, true> : Shape<128, 64, 8, 1, 2> {};
+struct AttendFwd<2, 256, true> : Shape<64, 64, 4, 1, 1> {};
 
 template <int kBytes, int kWidth, bool kTall>
 struct OwnerBwd;  // a block owns rows of one stream, up to three tiles of the other are walked
@@ -89,17 +93,14 @@ struct OwnerBwd<4, 128, false> : Shape<32, 16, 4, 2, 2> {};
 template <>
 struct OwnerBwd<4, 256, false> : Shape<16, 16, 4, 4, 1> {};
 template <>
-struct OwnerBwd<2, 32, true> : Shape<128, 64, 8, 1, 2> {};
-template <>
-struct OwnerBwd<2, 64, true> : Shape<128, 64, 8, 1, 2> {};  // 102 KiB
-template <>
-struct OwnerBwd<2, 128, true> : Shape<128, 32, 8, 1, 2> {};  // 148 KiB
+struct OwnerBwd<2, 256, true> : Shape<64, 32, 8, 2, 2> {};  // 198 KiB
 
 // The short stream of up to kCols_ tokens stays resident, the long one passes in tiles of kRows.
 // Its results, [kCols, width], are spread over the warps: kGroups of 16 * kMC rows, and columns.
 // kChunk columns of a row result are computed at once.
-template <int kWidth, int kRows_, int kCols_, int kWarps_, int kStages_, int kChunk_ = 32>
-struct ResidentShape : Shape<kRows_, kCols_, kWarps_, 1, kStages_> {
+template <int kWidth, int kRows_, int kCols_, int kWarps_, int kStages_, int kChunk_ = 32,
+          int kBlocks_ = 1>
+struct ResidentShape : Shape<kRows_, kCols_, kWarps_, 1, kStages_, kBlocks_> {
   static constexpr int kGroups = kCols_ / 16 < kWarps_ ? kCols_ / 16 : kWarps_;
   static constexpr int kMC = kCols_ / 16 / kGroups, kDC = kWidth / 8 * kGroups / kWarps_;
   static_assert(kMC * kGroups * 16 == kCols_ && kDC * 8 * kWarps_ == kWidth * kGroups);
@@ -109,11 +110,11 @@ struct ResidentShape : Shape<kRows_, kCols_, kWarps_, 1, kStages_> {
 template <int kWidth, int kCols>
 struct ResidentFwd;  // 16-bit types; short streams of up to kCols tokens
 template <>
-struct ResidentFwd<32, 64> : ResidentShape<32, 64, 64, 4, 2> {};
+struct ResidentFwd<32, 64> : ResidentShape<32, 64, 64, 4, 2, 32, 3> {};
 template <>
 struct ResidentFwd<32, 128> : ResidentShape<32, 128, 128, 8, 2, 16> {};
 template <>
-struct ResidentFwd<64, 64> : ResidentShape<64, 64, 64, 4, 2> {};
+struct ResidentFwd<64, 64> : ResidentShape<64, 64, 64, 4, 2, 64> {};
 template <>
 struct ResidentFwd<64, 128> : ResidentShape<64, 128, 128, 8, 2, 16> {};  // 128 KiB
 template <>
