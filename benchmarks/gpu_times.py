@@ -12,6 +12,7 @@ benchmarks/results/<gpu>/gpu_times.json. Refuses to run on the virtual GPU: it h
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 
+from fusedmm import testing
 from fusedmm.testing import AttentionShape, PairShape
 
 from . import cases, measure, peers, run
@@ -162,18 +164,48 @@ def memory(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def record(case: cases.BenchCase, dtype: str, mode: str, names, seconds: float | None) -> dict:
-    """Checks every peer and, with seconds, times it; those left out carry their reason."""
+def steps(attend: peers.Run, case: testing.Case, upstream: list[torch.Tensor]) -> Callable:
+    """A call without arguments: the forward or, with `upstream` gradients, also the backward."""
+    if not upstream:
+        tensors = list(case.tensors.values())
+
+        def forward() -> None:
+            with torch.no_grad():
+                attend(*tensors)
+
+        return forward
+    leaves = list(case.leaves().tensors.values())
+
+    def both() -> None:
+        torch.autograd.backward(attend(*leaves), upstream)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return both
+
+
+def upstream_of(data: testing.Case, mode: str) -> list[torch.Tensor]:
+    """Random gradients of the outputs; 1 of a loss."""
+    if mode == "fwd":
+        return []
+    with torch.no_grad():
+        outputs = testing.fused(data)
+    g = torch.Generator("cuda").manual_seed(1)
+    draw = functools.partial(torch.randn, device="cuda", generator=g)
+    return [draw(o.shape).to(o) if o.dim() else torch.ones_like(o) for o in outputs]
+
+
+def record(case: cases.BenchCase, data: testing.Case, dtype, mode, names, seconds) -> dict:
+    """Checks every peer and, with seconds, times it on `data`; why others are left out."""
     torch._dynamo.reset()
-    calls, skipped = {}, {}
+    calls, skipped, upstream = {}, {}, upstream_of(data, mode)
     for peer in peers.select(case.op, names, "cuda"):
         try:
             attend = peer.make(case, mode, cases.DTYPES[dtype].itemsize)
             wrong = measure.check(attend, case, peer, mode, dtype)
             if wrong:
                 raise peers.Skip(f"wrong: {wrong}")
-            data = peer.lay_out(case.make(dtype))
-            calls[peer.name] = measure.steps(attend, data, mode)
+            calls[peer.name] = steps(attend, peer.lay_out(data), upstream)
             calls[peer.name]()  # compiles for the full shape
         except peers.Skip as reason:
             skipped[peer.name] = str(reason)
@@ -326,10 +358,10 @@ def main(argv: list[str]) -> None:
     for op in args.ops:
         for case in select(op, args.cases):
             for dtype in args.dtypes:
+                data = case.make(dtype)
                 for mode in args.modes:
-                    records.append(
-                        record(case, dtype, mode, args.peers, args.seconds * keep or None)
-                    )
+                    seconds = args.seconds if keep else None
+                    records.append(record(case, data, dtype, mode, args.peers, seconds))
                     say(describe(records[-1]))
             if keep:
                 path = Path(args.out) / slug(result["machine"]["gpu"]) / "gpu_times.json"
