@@ -126,10 +126,12 @@ Where a target is missed:
   by launch and buffer: results stored word by word, each store counting its sector, because the
   compiler splits 16-byte stores where another branch stores parts of them; so it does with loads.
   Kept: accesses that it cannot split; fp32 shares two numbers a store; as few chunks a head as
-  Triton; tall tiles, 256 tokens of width 64 or 128 of width 128 forward and 128 backward, where
-  every processor has one. Not done: 256 tokens backward, which needs two tiles of rows a warp, and
-  the resident backward of 128 tokens, whose scores are more than the registers of a warp of 16
-  rows: rows and columns would have to be split over warps, and the row results with them.
+  Triton. Dropped: blocks of 8 warps on twice as many tokens, which read half as many bytes but take
+  longer on an H100, where one of them is all that a multiprocessor holds (docs/gpu.md). Shares of
+  the walk of few rows, written and read once more, are most of what image-2048-text-128 moves
+  backward. Not done: the resident backward of 128 tokens, whose scores are more than the registers
+  of a warp of 16 rows: rows and columns would have to be split over warps, and the row results with
+  them.
 - *of triton's* is met in every row. Predicted were addresses and predicates (add, xor, setp,
   selp), and they were most of it. Kept: offsets as immediates of ldmatrix, ld, st and cp.async,
   with one xor for each 32 bytes of a swizzled row; rows padded by 16 bytes where p is written; a

@@ -249,10 +249,12 @@ def markdown(result: dict) -> str:
     lines = [
         f"# Times on {info['gpu']}",
         "",
-        f"Measured {result['date']} at {result['commit']} with torch {info['torch']}, driver",
-        f"{info['driver']}, by `python -m benchmarks.gpu_times`, whose docstring says how.",
-        f"Ceilings of the same run: a bf16 product {info['bf16_flops'] / 1e12:.0f} TFLOP/s, a copy",
-        f"{info['copy_bytes'] / 1e12:.2f} TB/s, read and written.",
+        f"Torch {info['torch']}, driver {info['driver']}; made by `benchmarks/gpu_times.py`, whose",
+        "docstring says how. Ceilings, measured: a bf16 product "
+        f"{info['bf16_flops'] / 1e12:.0f} TFLOP/s, a copy {info['copy_bytes'] / 1e12:.2f} TB/s, "
+        "read and written. Runs: "
+        + "; ".join(f"{i}, {r['date']} at {r['commit']}" for i, r in enumerate(result["runs"]))
+        + ".",
         "",
         "Times are medians on the device in ms, `call` a loop's with the host. Ratio = best peer",
         "over ours; below 1, in bold, ours is slower. TFLOP/s count the products that no schedule",
@@ -265,9 +267,9 @@ def markdown(result: dict) -> str:
             continue
         named = [p.name for p in peers.select(op, None, "cuda")]
         shown = [n for n in named if any(n in r["times"] for r in records)]
-        lines += [f"## {op}", "", "| shape | dtype | mode | " + " | ".join(shown), ""]
+        lines += [f"## {op}", "", "| shape | dtype | mode | run | " + " | ".join(shown), ""]
         lines[-2] += " | best peer | ratio | call: ours | call: best | ratio | TFLOP/s | memory |"
-        lines[-1] = "|---" * (len(shown) + 10) + "|"
+        lines[-1] = "|---" * (len(shown) + 11) + "|"
         lines += [_row(r, shown) for r in records] + [""]
         skipped = {(n, why) for r in records for n, why in r["skipped"].items()}
         lines += [f"- not timed: {n}: {why}" for n, why in sorted(skipped)] + [""]
@@ -287,7 +289,7 @@ def _row(r: dict, shown: list[str]) -> str:
         cells += [f"{_mib(ours['memory'])} / {_mib(times[best]['memory'])} MiB"]
     else:
         cells += ["-"] * 7
-    head = f"{r['case']} {r['shape']} | {r['dtype']} | {MODES[r['mode']]}"
+    head = f"{r['case']} {r['shape']} | {r['dtype']} | {MODES[r['mode']]} | {r['run']}"
     return f"| {head} | " + " | ".join(cells) + " |"
 
 
@@ -297,6 +299,25 @@ def _ratio(value: float) -> str:
 
 def _mib(count: float) -> str:
     return f"{count / 2**20:.3g}" if count < 1000 * 2**20 else f"{count / 2**20:.0f}"
+
+
+def place(r: dict) -> tuple:
+    """A record's place in the tables; the same for the same measurement."""
+    names = [*_ATTENTION, *_LOSSES["contrastive_loss"], *_LOSSES["sigmoid_loss"]]
+    return (
+        cases.OPS.index(r["op"]), names.index(r["case"]), r["dtype"], list(MODES).index(r["mode"])
+    )  # fmt: skip
+
+
+def merge(old: dict, new: dict) -> dict:
+    """`new`, one run, and what it did not measure of `old`; no run without a record is kept."""
+    shift = len(old.get("runs", []))
+    records = {place(r): r for r in old.get("records", [])}
+    records |= {place(r): r | {"run": shift + r["run"]} for r in new["records"]}
+    runs = [*old.get("runs", []), *new["runs"]]
+    kept = sorted({r["run"] for r in records.values()})
+    ordered = [records[k] | {"run": kept.index(records[k]["run"])} for k in sorted(records)]
+    return {"machine": new["machine"], "runs": [runs[i] for i in kept], "records": ordered}
 
 
 def slug(name: str) -> str:
@@ -321,7 +342,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def in_parallel(args: argparse.Namespace, argv: list[str], say) -> None:
+def in_parallel(args: argparse.Namespace, argv: list[str]) -> None:
     """A process a case: what they compile is on disk afterwards."""
     parts = [(op, c.name) for op in args.ops for c in select(op, args.cases)]
 
@@ -329,7 +350,7 @@ def in_parallel(args: argparse.Namespace, argv: list[str], say) -> None:
         command = [sys.executable, "-m", "benchmarks.gpu_times", *argv, "--jobs", "1"]
         command += ["--ops", part[0], "--cases", part[1]]
         done = subprocess.run(command, capture_output=True, text=True, cwd=measure.ROOT)
-        say(done.stdout.rstrip() + (done.stderr[-2000:] if done.returncode else ""))
+        run.say(done.stdout.rstrip() + (done.stderr[-2000:] if done.returncode else ""))
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, parts))
@@ -340,10 +361,6 @@ def main(argv: list[str]) -> None:
     args = arguments(argv)
     warnings.filterwarnings("ignore", module="torch")
 
-    def say(text: str) -> None:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-
     if args.table:
         for path in Path(args.out).glob("*/gpu_times.json"):
             path.with_suffix(".md").write_text(markdown(json.loads(path.read_text())))
@@ -351,9 +368,15 @@ def main(argv: list[str]) -> None:
     if os.environ.get("VGPU_ACTIVE") == "1" or not torch.cuda.is_available():
         raise SystemExit("gpu_times: expected a real GPU")
     if args.what == "check" and args.jobs > 1:
-        return in_parallel(args, argv, say)
+        return in_parallel(args, argv)
     keep = args.what == "time"
-    result = {"machine": gpu(), **run.provenance("benchmarks.gpu_times")} if keep else {}
+    result, path = {}, Path()
+    if keep:
+        info = gpu()
+        result = {"machine": info, "runs": [run.provenance("benchmarks.gpu_times")]}
+        path = Path(args.out) / slug(info["gpu"]) / "gpu_times.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text()) if keep and path.exists() else {}
     records: list[dict] = []
     for op in args.ops:
         for case in select(op, args.cases):
@@ -361,13 +384,13 @@ def main(argv: list[str]) -> None:
                 data = case.make(dtype)
                 for mode in args.modes:
                     seconds = args.seconds if keep else None
-                    records.append(record(case, data, dtype, mode, args.peers, seconds))
-                    say(describe(records[-1]))
+                    found = record(case, data, dtype, mode, args.peers, seconds)
+                    run.say(describe(found))
+                    records.append(found | {"run": 0})
             if keep:
-                path = Path(args.out) / slug(result["machine"]["gpu"]) / "gpu_times.json"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(result | {"records": records}, indent=1) + "\n")
-                path.with_suffix(".md").write_text(markdown(result | {"records": records}))
+                merged = merge(old, result | {"records": records})
+                path.write_text(json.dumps(merged, indent=1) + "\n")
+                path.with_suffix(".md").write_text(markdown(merged))
 
 
 if __name__ == "__main__":

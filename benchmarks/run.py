@@ -239,7 +239,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_op(op: str, args: argparse.Namespace, say) -> None:
+def run_op(op: str, args: argparse.Namespace) -> None:
     """Measures one op and saves what it measured."""
     chosen = peers.select(op, args.peers)
     seconds = None if args.what == "check" else 0.0 if args.quick else args.seconds
@@ -293,17 +293,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def say(text: str) -> None:
+    """A line of progress."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def main(argv: list[str]) -> None:
     """Runs the asked ops."""
     args = arguments(argv)
     warnings.filterwarnings("ignore", module="torch")
 
-    def say(text: str) -> None:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-
     for op in cases.OPS if args.op == "all" else (args.op,):
-        run_op(op, args, say)
+        run_op(op, args)
 
 
 if __name__ == "__main__":

@@ -285,6 +285,8 @@ def test_losses_need_no_room_for_scores(op, backend, dtype, monkeypatch):
     options = dict(logit_scale=8.0) | (dict(logit_bias=-2.0) if op == "sigmoid_loss" else {})
     monkeypatch.setattr(pairs, "KEEP_BYTES", 2**17)
     with workspace(backend, 2**17):
+        # Torch's products keep a workspace from their first call on.
+        outcome(op, {k: t[:9] for k, t in tensors.items()}, options, backend, "cuda", dtype)
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

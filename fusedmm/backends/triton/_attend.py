@@ -65,7 +65,8 @@ class Grads(NamedTuple):
     dq: Rows
     dk: Rows
     dv: Rows
-    KNOWN: Any = tl.constexpr(True)  # Triton 3.6 forgets constants in a tuple without one of its own
+    # Triton 3.6 forgets constants in a tuple of tuples that has none of its own.
+    KNOWN: Any = tl.constexpr(True)
 
 
 def direction(q, k, v, keep, bias, score, o, lse, index: int, flip: bool = False) -> Direction:
