@@ -13,7 +13,7 @@ TORCH_LIBRARY(_fusedmm_C, m) {
       "Tensor? mask_y, Tensor? bias, float? clamp, float scale, float dropout_p, Tensor? seed) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "bi_attention_bwd(Tensor do_x, Tensor do_y, Tensor dlse_x, Tensor dlse_y, Tensor qk_x, "
+      "bi_attention_bwd(Tensor do_x, Tensor do_y, Tensor? dlse_x, Tensor? dlse_y, Tensor qk_x, "
       "Tensor qk_y, Tensor v_x, Tensor v_y, Tensor? mask_x, Tensor? mask_y, Tensor? bias, "
       "Tensor o_x, Tensor o_y, Tensor lse_x, Tensor lse_y, float? clamp, float scale, "
       "float dropout_p, Tensor? seed, bool[5] needs) -> Tensor[]");
@@ -21,7 +21,7 @@ TORCH_LIBRARY(_fusedmm_C, m) {
       "fusion_attention_fwd(Tensor x, Tensor k, Tensor v, Tensor? mask_x, Tensor? mask_y, "
       "Tensor? bias, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "fusion_attention_bwd(Tensor d_o, Tensor dz, Tensor dlse_x, Tensor dlse_y, Tensor x, "
+      "fusion_attention_bwd(Tensor d_o, Tensor dz, Tensor? dlse_x, Tensor? dlse_y, Tensor x, "
       "Tensor k, Tensor v, Tensor? mask_x, Tensor? mask_y, Tensor? bias, Tensor z, Tensor lse_x, "
       "Tensor lse_y, float dropout_p, Tensor? seed, bool[4] needs) -> Tensor[]");
   m.def(
@@ -29,7 +29,7 @@ TORCH_LIBRARY(_fusedmm_C, m) {
       "Tensor? mask_x, Tensor? mask_y, Tensor? bias_xy, Tensor? bias_yx, float scale_x, "
       "float scale_y, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "co_attention_bwd(Tensor do_x, Tensor do_y, Tensor dlse_x, Tensor dlse_y, Tensor q_x, "
+      "co_attention_bwd(Tensor do_x, Tensor do_y, Tensor? dlse_x, Tensor? dlse_y, Tensor q_x, "
       "Tensor k_x, Tensor v_x, Tensor q_y, Tensor k_y, Tensor v_y, Tensor? mask_x, "
       "Tensor? mask_y, Tensor? bias_xy, Tensor? bias_yx, Tensor o_x, Tensor o_y, Tensor lse_x, "
       "Tensor lse_y, float scale_x, float scale_y, float dropout_p, Tensor? seed, bool[8] needs) "

@@ -20,8 +20,8 @@ using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
                         const OptTensor& bias, std::optional<double> clamp, double scale,         \
                         double dropout_p, const OptTensor& seed);                                 \
   std::vector<at::Tensor> bi_attention_bwd(                                                       \
-      const at::Tensor& do_x, const at::Tensor& do_y, const at::Tensor& dlse_x,                   \
-      const at::Tensor& dlse_y, const at::Tensor& qk_x, const at::Tensor& qk_y,                   \
+      const at::Tensor& do_x, const at::Tensor& do_y, const OptTensor& dlse_x,                    \
+      const OptTensor& dlse_y, const at::Tensor& qk_x, const at::Tensor& qk_y,                    \
       const at::Tensor& v_x, const at::Tensor& v_y, const OptTensor& mask_x,                      \
       const OptTensor& mask_y, const OptTensor& bias, const at::Tensor& o_x,                      \
       const at::Tensor& o_y, const at::Tensor& lse_x, const at::Tensor& lse_y,                    \
@@ -33,8 +33,8 @@ using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
                         const OptTensor& bias_xy, const OptTensor& bias_yx, double scale_x,       \
                         double scale_y, double dropout_p, const OptTensor& seed);                 \
   std::vector<at::Tensor> co_attention_bwd(                                                       \
-      const at::Tensor& do_x, const at::Tensor& do_y, const at::Tensor& dlse_x,                   \
-      const at::Tensor& dlse_y, const at::Tensor& q_x, const at::Tensor& k_x,                     \
+      const at::Tensor& do_x, const at::Tensor& do_y, const OptTensor& dlse_x,                    \
+      const OptTensor& dlse_y, const at::Tensor& q_x, const at::Tensor& k_x,                      \
       const at::Tensor& v_x, const at::Tensor& q_y, const at::Tensor& k_y, const at::Tensor& v_y, \
       const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias_xy,                 \
       const OptTensor& bias_yx, const at::Tensor& o_x, const at::Tensor& o_y,                     \
@@ -70,7 +70,7 @@ Four fusion_attention_fwd(const at::Tensor& x, const at::Tensor& k, const at::Te
                           const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias,
                           double dropout_p, const OptTensor& seed);
 std::vector<at::Tensor> fusion_attention_bwd(
-    const at::Tensor& d_o, const at::Tensor& dz, const at::Tensor& dlse_x, const at::Tensor& dlse_y,
+    const at::Tensor& d_o, const at::Tensor& dz, const OptTensor& dlse_x, const OptTensor& dlse_y,
     const at::Tensor& x, const at::Tensor& k, const at::Tensor& v, const OptTensor& mask_x,
     const OptTensor& mask_y, const OptTensor& bias, const at::Tensor& z, const at::Tensor& lse_x,
     const at::Tensor& lse_y, double dropout_p, const OptTensor& seed, std::array<bool, 4> needs);

@@ -70,6 +70,10 @@ inline at::Tensor make_dbias(const at::Tensor& bias, int64_t (&stride)[4]) {
 
 inline at::Tensor contiguous_double(const at::Tensor& t) { return t.to(at::kDouble).contiguous(); }
 inline at::Tensor contiguous_float(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+// The same, or zeros of the shape of `like` where there is none.
+inline at::Tensor contiguous_float(const OptTensor& t, const at::Tensor& like) {
+  return t ? contiguous_float(*t) : at::zeros(like.sizes(), like.options().dtype(at::kFloat));
+}
 
 // contrastive_row over statistics [6, G, rows], by run(ContrastiveRows): losses, or the backward's
 // coefficients if there is a dloss [G, rows].

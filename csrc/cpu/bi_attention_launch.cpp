@@ -46,8 +46,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_attention_fwd(
 }
 
 std::vector<at::Tensor> bi_attention_bwd(
-    const at::Tensor& do_x, const at::Tensor& do_y, const at::Tensor& dlse_x,
-    const at::Tensor& dlse_y, const at::Tensor& qk_x, const at::Tensor& qk_y, const at::Tensor& v_x,
+    const at::Tensor& do_x, const at::Tensor& do_y, const OptTensor& dlse_x,
+    const OptTensor& dlse_y, const at::Tensor& qk_x, const at::Tensor& qk_y, const at::Tensor& v_x,
     const at::Tensor& v_y, const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias,
     const at::Tensor& o_x, const at::Tensor& o_y, const at::Tensor& lse_x, const at::Tensor& lse_y,
     std::optional<double> clamp, double scale, double dropout_p, const OptTensor& seed,
@@ -59,11 +59,12 @@ std::vector<at::Tensor> bi_attention_bwd(
   check_shape(do_y, {a.B, a.H, a.N, a.Dv_x}, "do_y");
   check_shape(o_x, do_x.sizes(), "o_x");
   check_shape(o_y, do_y.sizes(), "o_y");
-  for (const at::Tensor& t : {lse_x, dlse_x}) check_shape(t, {a.B, a.H, a.M}, "lse_x");
-  for (const at::Tensor& t : {lse_y, dlse_y}) check_shape(t, {a.B, a.H, a.N}, "lse_y");
+  for (const OptTensor& t : {OptTensor(lse_x), dlse_x}) check_shape(t, {a.B, a.H, a.M}, "lse_x");
+  for (const OptTensor& t : {OptTensor(lse_y), dlse_y}) check_shape(t, {a.B, a.H, a.N}, "lse_y");
   FMM_CHECK(needs.size() == 5, "needs");
   const at::Tensor lx = contiguous_double(lse_x), ly = contiguous_double(lse_y);
-  const at::Tensor dlx = contiguous_float(dlse_x), dly = contiguous_float(dlse_y);
+  const at::Tensor dlx = contiguous_float(dlse_x, lse_x);
+  const at::Tensor dly = contiguous_float(dlse_y, lse_y);
   BiAttentionGrad g{};
   g.do_x = tensor4(do_x), g.do_y = tensor4(do_y), g.o_x = tensor4(o_x), g.o_y = tensor4(o_y);
   g.lse_x = lx.const_data_ptr<double>(), g.lse_y = ly.const_data_ptr<double>();
@@ -119,7 +120,7 @@ Four fusion_attention_fwd(const at::Tensor& x, const at::Tensor& k, const at::Te
 }
 
 std::vector<at::Tensor> fusion_attention_bwd(
-    const at::Tensor& d_o, const at::Tensor& dz, const at::Tensor& dlse_x, const at::Tensor& dlse_y,
+    const at::Tensor& d_o, const at::Tensor& dz, const OptTensor& dlse_x, const OptTensor& dlse_y,
     const at::Tensor& x, const at::Tensor& k, const at::Tensor& v, const OptTensor& mask_x,
     const OptTensor& mask_y, const OptTensor& bias, const at::Tensor& z, const at::Tensor& lse_x,
     const at::Tensor& lse_y, double dropout_p, const OptTensor& seed, std::array<bool, 4> needs) {
@@ -127,10 +128,11 @@ std::vector<at::Tensor> fusion_attention_bwd(
   const BiAttention a = fusion_params(x, k, v, mask_x, mask_y, bias, hold, dropout_p, seed);
   check_shape(d_o, {a.B, a.M, a.Dv_y}, "d_o");
   for (const at::Tensor& t : {dz, z}) check_shape(t, {a.B, a.H, a.N, a.D}, "z");
-  for (const at::Tensor& t : {lse_x, dlse_x}) check_shape(t, {a.B, a.H, a.M}, "lse_x");
-  for (const at::Tensor& t : {lse_y, dlse_y}) check_shape(t, {a.B, a.H, a.N}, "lse_y");
+  for (const OptTensor& t : {OptTensor(lse_x), dlse_x}) check_shape(t, {a.B, a.H, a.M}, "lse_x");
+  for (const OptTensor& t : {OptTensor(lse_y), dlse_y}) check_shape(t, {a.B, a.H, a.N}, "lse_y");
   const at::Tensor lx = contiguous_double(lse_x), ly = contiguous_double(lse_y);
-  const at::Tensor dlx = contiguous_float(dlse_x), dly = contiguous_float(dlse_y);
+  const at::Tensor dlx = contiguous_float(dlse_x, lse_x);
+  const at::Tensor dly = contiguous_float(dlse_y, lse_y);
   BiAttentionGrad g{};
   g.do_x = tensor4(d_o.unsqueeze(1).expand({a.B, a.H, a.M, a.Dv_y}));
   g.do_y = tensor4(dz), g.o_y = tensor4(z);

@@ -60,8 +60,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> co_attention_fwd(
 }
 
 std::vector<at::Tensor> co_attention_bwd(
-    const at::Tensor& do_x, const at::Tensor& do_y, const at::Tensor& dlse_x,
-    const at::Tensor& dlse_y, const at::Tensor& q_x, const at::Tensor& k_x, const at::Tensor& v_x,
+    const at::Tensor& do_x, const at::Tensor& do_y, const OptTensor& dlse_x,
+    const OptTensor& dlse_y, const at::Tensor& q_x, const at::Tensor& k_x, const at::Tensor& v_x,
     const at::Tensor& q_y, const at::Tensor& k_y, const at::Tensor& v_y, const OptTensor& mask_x,
     const OptTensor& mask_y, const OptTensor& bias_xy, const OptTensor& bias_yx,
     const at::Tensor& o_x, const at::Tensor& o_y, const at::Tensor& lse_x, const at::Tensor& lse_y,
@@ -83,7 +83,7 @@ std::vector<at::Tensor> co_attention_bwd(
   g.side[0].dk = result(needs[4], k_y), g.side[0].dv = result(needs[5], v_y);
   const at::Tensor d_o[2] = {do_x, do_y}, o[2] = {o_x, o_y};
   const at::Tensor lse[2] = {contiguous_double(lse_x), contiguous_double(lse_y)};
-  const at::Tensor dlse[2] = {contiguous_float(dlse_x), contiguous_float(dlse_y)};
+  const at::Tensor dlse[2] = {contiguous_float(dlse_x, lse_x), contiguous_float(dlse_y, lse_y)};
   const OptTensor bias[2] = {bias_xy, bias_yx};
   const size_t plain = grads.size();
   for (int i = 0; i < 2; ++i) {

@@ -29,9 +29,9 @@ struct Stream {
   KeyMask keep;       // as keys
   Strided d_o, o_in;  // [B, H, rows, width_o], as queries
   Stats stats;
-  const float* dlse = nullptr;
-  double* lse = nullptr;  // natural log; the forward writes it
-  void* o = nullptr;      // this and what follows: contiguous results
+  const float* dlse = nullptr;  // nullptr: 0
+  double* lse = nullptr;        // natural log; the forward writes it
+  void* o = nullptr;            // this and what follows: contiguous results
   void *dqk = nullptr, *dv = nullptr;
 };
 

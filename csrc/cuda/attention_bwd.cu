@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kStatRows) delta_kernel(const __grid_constant_
   if (row < p.a.rows) {
     const double lse = p.a.lse[head * p.a.rows + row] * (1.0 / kLn2);
     if (lse != -kInf) hi = static_cast<float>(lse), lo = static_cast<float>(lse - hi);
-    delta -= p.a.dlse[head * p.a.rows + row];
+    if (p.a.dlse) delta -= p.a.dlse[head * p.a.rows + row];
   }
   const float c = 0.5f * (hi + centre), half = c - centre;
   const float values[kStats] = {hi, lo, delta, half, exp2f(half), exp2f(c - hi - lo)};

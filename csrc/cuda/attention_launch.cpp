@@ -251,23 +251,25 @@ struct Upstream {
   at::Tensor lse, dlse, stats, far;
 
   Upstream(Stream& s, const at::Tensor& d_o, const at::Tensor& o, const at::Tensor& lse_in,
-           const at::Tensor& dlse_in, const char* name) {
+           const OptTensor& dlse_in, const char* name) {
     const int64_t B = d_o.size(0), H = d_o.size(1);
     check_shape(d_o, {B, H, s.rows, s.width_o}, name);
     check_shape(o, d_o.sizes(), name);
-    for (const at::Tensor& t : {lse_in, dlse_in}) check_shape(t, {B, H, s.rows}, name);
+    for (const OptTensor& t : {OptTensor(lse_in), dlse_in}) check_shape(t, {B, H, s.rows}, name);
     FMM_CHECK(d_o.scalar_type() == o.scalar_type(), name, ": dtype");
-    lse = contiguous_double(lse_in), dlse = contiguous_float(dlse_in);
-    s.d_o = strided(d_o), s.o_in = strided(o);
-    s.lse = lse.data_ptr<double>(), s.dlse = dlse.const_data_ptr<float>();
+    lse = contiguous_double(lse_in);
+    if (dlse_in) dlse = contiguous_float(*dlse_in), s.dlse = dlse.const_data_ptr<float>();
+    s.d_o = strided(d_o), s.o_in = strided(o), s.lse = lse.data_ptr<double>();
+    const at::TensorOptions floats = lse.options().dtype(at::kFloat);
     s.stats.padded = (s.rows + kStatRows - 1) / kStatRows * kStatRows;
-    stats = at::empty({kStats, B * H, s.stats.padded}, dlse.options());
-    far = at::empty({B * H, s.stats.padded / 16}, dlse.options());
+    stats = at::empty({kStats, B * H, s.stats.padded}, floats);
+    far = at::empty({B * H, s.stats.padded / 16}, floats);
     s.stats.data = stats.data_ptr<float>(), s.stats.far = far.data_ptr<float>();
   }
   // dlse, 0 where the query has no key.
   at::Tensor reaching() const {
-    return at::where(lse == -kInf, at::zeros({}, dlse.options()), dlse);
+    const at::Tensor none = at::zeros({}, lse.options().dtype(at::kFloat));
+    return dlse.defined() ? at::where(lse == -kInf, none, dlse) : none.expand(lse.sizes());
   }
 };
 
@@ -369,8 +371,8 @@ Four co_attention_fwd(const at::Tensor& q_x, const at::Tensor& k_x, const at::Te
 }
 
 std::vector<at::Tensor> bi_attention_bwd(
-    const at::Tensor& do_x, const at::Tensor& do_y, const at::Tensor& dlse_x,
-    const at::Tensor& dlse_y, const at::Tensor& qk_x, const at::Tensor& qk_y, const at::Tensor& v_x,
+    const at::Tensor& do_x, const at::Tensor& do_y, const OptTensor& dlse_x,
+    const OptTensor& dlse_y, const at::Tensor& qk_x, const at::Tensor& qk_y, const at::Tensor& v_x,
     const at::Tensor& v_y, const OptTensor& mask_x, const OptTensor& mask_y, const OptTensor& bias,
     const at::Tensor& o_x, const at::Tensor& o_y, const at::Tensor& lse_x, const at::Tensor& lse_y,
     std::optional<double> clamp, double scale, double dropout_p, const OptTensor& seed,
@@ -399,8 +401,8 @@ std::vector<at::Tensor> bi_attention_bwd(
 }
 
 std::vector<at::Tensor> co_attention_bwd(
-    const at::Tensor& do_x, const at::Tensor& do_y, const at::Tensor& dlse_x,
-    const at::Tensor& dlse_y, const at::Tensor& q_x, const at::Tensor& k_x, const at::Tensor& v_x,
+    const at::Tensor& do_x, const at::Tensor& do_y, const OptTensor& dlse_x,
+    const OptTensor& dlse_y, const at::Tensor& q_x, const at::Tensor& k_x, const at::Tensor& v_x,
     const at::Tensor& q_y, const at::Tensor& k_y, const at::Tensor& v_y, const OptTensor& mask_x,
     const OptTensor& mask_y, const OptTensor& bias_xy, const OptTensor& bias_yx,
     const at::Tensor& o_x, const at::Tensor& o_y, const at::Tensor& lse_x, const at::Tensor& lse_y,

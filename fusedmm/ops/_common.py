@@ -1,4 +1,6 @@
-"""What the ops' public functions share: autocast's cast, the dropout seed, the public lse."""
+"""What the ops share: autocast's cast, the dropout seed, the public lse, zeros for gradients."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,3 +31,9 @@ def public_lse(o: Tensor, *lse: Tensor) -> tuple[Tensor, ...]:
     """lse as users get it, fp32. Inside it is fp64: at scores of 1e4 an fp32 lse is off by 5e-4,
     and so would be every probability that a backward takes from it."""
     return lse if o.dtype == torch.float64 else tuple(t.float() for t in lse)
+
+
+def given_or_zeros(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of outputs, zeros for those that the loss does not depend on."""
+    pairs = zip(grads, outputs, strict=True)
+    return [torch.zeros_like(out) if grad is None else grad for grad, out in pairs]

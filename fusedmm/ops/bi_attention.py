@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import backends, problem
 from ._call import op, plan
-from ._common import autocast, draw_seed, public_lse
+from ._common import autocast, draw_seed, given_or_zeros, public_lse
 
 
 def bi_attention(
@@ -103,8 +103,8 @@ def _(qk_x, qk_y, v_x, v_y, *rest):
 def _bwd(
     do_x: Tensor,
     do_y: Tensor,
-    dlse_x: Tensor,
-    dlse_y: Tensor,
+    dlse_x: Tensor | None,
+    dlse_y: Tensor | None,
     qk_x: Tensor,
     qk_y: Tensor,
     v_x: Tensor,
@@ -137,11 +137,13 @@ def _(do_x, do_y, dlse_x, dlse_y, qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, *r
 
 def _setup(ctx, inputs, output) -> None:
     *tensors, ctx.clamp, ctx.scale, ctx.dropout_p, seed, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # of lse, which few ask for
     ctx.save_for_backward(*tensors, *output, seed)
 
 
 def _backward(ctx, do_x, do_y, dlse_x, dlse_y):
     *tensors, seed = ctx.saved_tensors
+    do_x, do_y = given_or_zeros((do_x, do_y), tensors[-4:-2])
     need = ctx.needs_input_grad
     needs = [*need[:4], need[6]]
     grads = iter(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends, problem
 from ._call import op, plan
-from ._common import autocast, draw_seed
+from ._common import autocast, draw_seed, given_or_zeros
 
 
 def fusion_attention(
@@ -80,8 +80,8 @@ def _(x, k, v, *rest):
 def _bwd(
     do: Tensor,
     dz: Tensor,
-    dlse_x: Tensor,
-    dlse_y: Tensor,
+    dlse_x: Tensor | None,
+    dlse_y: Tensor | None,
     x: Tensor,
     k: Tensor,
     v: Tensor,
@@ -110,11 +110,15 @@ def _(do, dz, dlse_x, dlse_y, x, k, v, mask_x, mask_y, bias, *rest):
 
 def _setup(ctx, inputs, output) -> None:
     *tensors, ctx.dropout_p, seed, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # of lse, which few ask for
     ctx.save_for_backward(*tensors, *output[1:], seed)  # not o: heads are summed in it
 
 
 def _backward(ctx, do, dz, dlse_x, dlse_y):
     *tensors, seed = ctx.saved_tensors
+    x, v, z = tensors[0], tensors[2], tensors[-3]
+    (dz,) = given_or_zeros((dz,), (z,))
+    do = x.new_zeros((*x.shape[:2], v.shape[3])) if do is None else do
     need = ctx.needs_input_grad
     needs = [*need[:3], need[5]]
     grads = iter(

@@ -46,12 +46,14 @@ def attend(q, k, v, keep, bias, scale, dropout_p, seed, direction) -> tuple[Tens
     return o.to(dtype), lse
 
 
-def softmax_bwd(p: Tensor, dp: Tensor, dlse: Tensor) -> Tensor:
-    """ds [B, H, M, N] from the gradients of p and of its lse [B, H, M].
+def softmax_bwd(p: Tensor, dp: Tensor, dlse: Tensor | None) -> Tensor:
+    """ds [B, H, M, N] from the gradients of p and, if there is one, of its lse [B, H, M].
 
     rowsum(p * dp) is rowsum(do * o), but cancels exactly against dp where one key takes all.
     """
-    delta = (p * dp).sum(-1) - dlse.to(dp.dtype)
+    delta = (p * dp).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse.to(dp.dtype)
     return p * (dp - delta[..., None])
 
 

@@ -464,8 +464,10 @@ def contiguous_grads(*likes: Tensor) -> list[Tensor]:
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in likes]
 
 
-def grads(do: Tensor, dlse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Grads:
+def grads(do: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor) -> Grads:
     """Gradients of a direction, with room for what delta_kernel writes."""
+    if dlse is None:
+        dlse = torch.zeros(do.shape[:3], dtype=torch.float32, device=do.device)
     dlse = dlse.float().contiguous()
     scratch = (torch.empty_like(dlse) for _ in range(4))
     return Grads(rows(do), dlse, *scratch, rows(dq), rows(dk), rows(dv))
