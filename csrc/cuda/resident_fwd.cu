@@ -8,8 +8,6 @@
 // fp32; then they are set anew and the sums rescaled, as for the first tile. bf16 reaches as far as
 // fp32: there p_col has no gain, the sums of columns near `top` refer to that, and so do the rows,
 // u = top and p_col = p_row, where their sums show that they lie near it.
-#include <algorithm>
-
 #include "attention_kernels.h"
 #include "softmax.cuh"
 #include "sources.cuh"
@@ -418,7 +416,7 @@ Kernel kernel() {
   using S = ResidentFwd<kWidth, kCols>;
   Kernel k{reinterpret_cast<const void*>(&resident_fwd_kernel<T, kWidth, kCols>), S::kRows, kCols,
            S::kThreads, static_cast<int>(Layout<T, kWidth, S>::kBytes)};
-  k.blocks = std::max(S::kBlocks, k.blocks);
+  if (S::kBlocks > k.blocks) k.blocks = S::kBlocks;
   return k;
 }
 

@@ -54,7 +54,7 @@ struct AttendFwd;  // one direction: q resident, k and v walked
 template <>
 struct AttendFwd<2, 32, false> : Shape<64, 64, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 64, false> : Shape<64, 64, 4, 1, 2, 4> {};
+struct AttendFwd<2, 64, false> : Shape<64, 64, 4, 1, 2, 3> {};
 template <>
 struct AttendFwd<2, 128, false> : Shape<64, 64, 4, 1, 2> {};
 template <>
