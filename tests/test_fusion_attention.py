@@ -126,6 +126,19 @@ def test_only_one_gradient(backend: str, need: str) -> None:
     torch.testing.assert_close(case[need].grad, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("used", [0, 1], ids=["o", "z"])
+def test_unused_output(backend: str, used: int) -> None:
+    """What the loss does not depend on counts as one with a gradient of zero."""
+    leaves = {k: t.requires_grad_() for k, t in make(SHAPES["three_tiles"], "open").items()}
+    outs = op.fusion_attention(**leaves, backend=backend)
+    got = torch.autograd.grad(outs[used].square().sum(), list(leaves.values()), retain_graph=True)
+    ends = [out.square().sum() * (i == used) for i, out in enumerate(outs)]
+    want = torch.autograd.grad(sum(ends), list(leaves.values()))
+    assert want[0].abs().max() > 0  # of x, which both take
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+
+
 def test_dropout_is_the_references(backend: str) -> None:
     """One seed, one mask: every backend drops the same weights, forward and backward."""
     case = make((2, 3, 131, 101, 24, 40), "masked")
