@@ -210,6 +210,8 @@ def record(case: cases.BenchCase, data: testing.Case, dtype, mode, names, second
         except peers.Skip as reason:
             skipped[peer.name] = str(reason)
         except Exception as error:  # a peer's failure is a result, not the end of the run
+            if peer.name in OURS:
+                raise
             skipped[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0]
             calls.pop(peer.name, None)
     out = {"op": case.op, "case": case.name, "dtype": dtype, "mode": mode}

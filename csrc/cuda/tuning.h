@@ -93,7 +93,7 @@ struct OwnerBwd<4, 128, false> : Shape<32, 16, 4, 2, 2> {};
 template <>
 struct OwnerBwd<4, 256, false> : Shape<16, 16, 4, 4, 1> {};
 template <>
-struct OwnerBwd<2, 256, true> : Shape<64, 32, 8, 2, 2> {};  // 198 KiB
+struct OwnerBwd<2, 256, true> : Shape<64, 32, 8, 2, 2> {};  // 194 KiB
 
 // The short stream of up to kCols_ tokens stays resident, the long one passes in tiles of kRows.
 // Its results, [kCols, width], are spread over the warps: kGroups of 16 * kMC rows, and columns.
