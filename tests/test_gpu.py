@@ -204,6 +204,18 @@ def test_scores_of_masked_keys_that_climb(op, backend, dtype):
     check(op, backend, tensors, options, dtype, reach=300)
 
 
+@pytest.mark.parametrize("sizes", [(150, 1), (1, 20)], ids=str)
+@on_each_dtype(DTYPES, "bi_attention", "co_attention")
+def test_one_key(op, backend, dtype, sizes):
+    """Whatever its score, its value is the result, to the bit in 16-bit types: the correction of
+    the scores' gradients is to cancel."""
+    tensors = {k: t.to(dtype) for k, t in streams(op, 1, 2, *sizes, 64, 64, 64).items()}
+    o_x, o_y, *_ = outcome(op, tensors, {}, backend, "cuda", dtype)
+    one, alone = (o_x, tensors["v_y"]) if sizes[1] == 1 else (o_y, tensors["v_x"])
+    atol = 1e-6 if dtype == torch.float32 else 0
+    torch.testing.assert_close(one, alone.double().expand_as(one), rtol=0, atol=atol)
+
+
 @on_each_dtype((torch.bfloat16,), "bi_attention", "co_attention")
 def test_tiles_of_a_full_device(op, backend, dtype, monkeypatch):
     """Larger tiles where enough programs remain for every processor."""

@@ -147,6 +147,7 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
 #pragma unroll
   for (int i = 0; i < 2 * kNT; ++i) total[i] = 0.0f;
   bool stale = true;
+  const bool maxima = kGain || other.rows == 1;  // p of one key is 1, without a rounding
   const bool plain = keep_b.data == nullptr && !all.dropout.on;
   __syncthreads();  // orders the writes of `walked` before their reads
 
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
       keep[0] = row < a.rows && keys.at(row), keep[1] = row + 8 < a.rows && keys.at(row + 8);
     }
     float s[1][kNT][4], u[2], part[kNT][2];
-    Pass pass = kGain || stale ? Pass::kMaxima : Pass::kTop;
+    Pass pass = maxima || stale ? Pass::kMaxima : Pass::kTop;
     while (true) {
       uint64_t passes[1];
       clear(s);
