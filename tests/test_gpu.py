@@ -115,13 +115,14 @@ def masks(B: int, M: int, N: int) -> dict[str, Tensor]:
 
 
 # Whichever stream is short; one tile, three ragged tiles of 32 in several chunks, both long.
-# Compiled tiles are larger: three of them, and more keys than a resident stream may have.
+# Compiled tiles are larger, and resident streams have up to 256 tokens.
 REGIMES = {
     "tiny": (36, 36),
     "y_resident": (75, 20),
     "x_resident": (20, 75),
     "long": (75, 70),
     "longer": (140, 150),
+    "longest": (260, 270),
 }
 
 
@@ -204,6 +205,16 @@ def test_scores_of_masked_keys_that_climb(op, backend, dtype):
     check(op, backend, tensors, options, dtype, reach=300)
 
 
+@on_cuda
+@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize("short", [50, 100, 200])
+def test_short_streams_of_every_kernel(short, D):
+    """Every tile of the compiled resident kernels; last warps have rows past the end, or none."""
+    options = dict(return_lse=True, scale=0.4, **masks(2, 140, short))
+    tensors = streams("bi_attention", 2, 1, 140, short, D, D, D - 8)
+    check("bi_attention", "cuda", tensors, options, torch.float16)
+
+
 @pytest.mark.parametrize("sizes", [(150, 1), (1, 20)], ids=str)
 @on_each_dtype(DTYPES, "bi_attention", "co_attention")
 def test_one_key(op, backend, dtype, sizes):
@@ -238,7 +249,7 @@ def test_few_rows_share_their_walks(op, dtype):
     """Blocks of the compiled kernels that see some of the keys each, one share without any kept."""
     options = dict(return_lse=True, dropout_p=0.3, scale=0.4, **masks(2, 2500, 140))
     options["mask_x"][0, :1300] = False
-    tensors = streams(op, 2, 2, 2500, 140, 24, 40, 16, bias=(1, 1, 0, 1))
+    tensors = streams(op, 2, 2, 2500, 140, 72, 80, 66, bias=(1, 1, 0, 1))
     check(op, "cuda", tensors, options, dtype)
 
 

@@ -11,14 +11,14 @@ struct Strided : Tensor4 {
   bool vectors = false;
 };
 
-// Rows of Stats, each [B * H, padded]: lse in base 2 as hi + lo, delta = rowsum(do * o) - dlse;
-// with c = (hi + centre) / 2 also half = c - centre, up = 2^half and down = 2^(c - hi - lo).
-enum Stat { kHi, kLo, kDelta, kHalf, kUp, kDown, kStats };
+// Rows of Stats, each [B * H, padded]: lse in base 2 as hi + lo, delta = rowsum(do * o) - dlse, up
+// = 2^(lse - centre) and down = 2^(centre - lse).
+enum Stat { kHi, kLo, kDelta, kUp, kDown, kStats };
 constexpr int kStatRows = 64;  // `padded` is a multiple
 
 struct Stats {
   float* data = nullptr;
-  float* far = nullptr;  // [B * H, padded / 16]: max |half| of 16 rows
+  float* far = nullptr;  // [B * H, padded / 16]: max |lse - centre| of 16 rows
   int64_t padded = 0;
 };
 

@@ -5,11 +5,18 @@
 #include <new>
 
 #include "attention_kernels.h"
-#include "ds.cuh"
+#include "owner_bwd.cuh"
 #include "tuning.h"
 
 namespace fmm::cuda {
 namespace {
+
+// A finite number in base 2 near the lse of a head.
+__device__ inline float centre_of(const Pair& p, int head) {
+  if (p.centre == nullptr) return 0.0f;
+  const float c = static_cast<float>(p.centre[head * p.centre_stride]) * kLog2e;
+  return fabsf(c) < 1e30f ? c : 0.0f;
+}
 
 constexpr int kLanes = 8;             // a row of delta_kernel
 constexpr int kAtOnce = 32 / kLanes;  // rows a warp reads at once
@@ -68,13 +75,16 @@ __global__ void __launch_bounds__(kStatRows) delta_kernel(const __grid_constant_
     if (lse != -kInf) hi = static_cast<float>(lse), lo = static_cast<float>(lse - hi);
     if (p.a.dlse) delta -= p.a.dlse[head * p.a.rows + row];
   }
-  const float c = 0.5f * (hi + centre), half = c - centre;
-  const float values[kStats] = {hi, lo, delta, half, exp2f(half), exp2f(c - hi - lo)};
+  // lse - centre = far + rest, exactly but for the last addition.
+  float far = hi - centre;
+  const float back = far + centre, rest = (hi - back) - (centre - (back - far)) + lo;
+  const float by = static_cast<float>(kLn2) * rest;
+  const float values[kStats] = {hi, lo, delta, exp2f(far) * (1.0f + by), exp2f(-far) * (1.0f - by)};
 #pragma unroll
   for (int k = 0; k < kStats; ++k) {
     st.data[(k * all.B * all.H + head) * st.padded + row] = values[k];
   }
-  float far = fabsf(half) <= 1e30f ? fabsf(half) : kInf;
+  far = fabsf(far) <= 1e30f ? fabsf(far) : kInf;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {  // 16 rows: half of the lanes of each that is read
     if (step * kAtOnce != 16) far = fmaxf(far, __shfl_xor_sync(~0u, far, step));
@@ -82,116 +92,12 @@ __global__ void __launch_bounds__(kStatRows) delta_kernel(const __grid_constant_
   if (lane < kLanes && lane % 4 == 0) st.far[head * (st.padded / 16) + row / 16] = far;
 }
 
-// Shared memory of a block: a's tiles, then per stage b's tiles; then per stage b's statistics;
-// where a's and b's rows come from.
-template <bool kRow, bool kCol, typename T, int kWidth, typename S>
-struct Layout {
-  static constexpr int kEach = 1 + kRow + kCol;
-  static constexpr uint32_t kOwn = S::kRows * kWidth * sizeof(T);
-  static constexpr uint32_t kWalked = S::kCols * kWidth * sizeof(T);
-  static constexpr uint32_t kStat = kStats * S::kCols * sizeof(float);
-  static constexpr uint32_t kTileBytes = kEach * (kOwn + S::kStages * kWalked);
-  static constexpr uint32_t kSources = kTileBytes + S::kStages * kStat;
-  static constexpr uint32_t kBytes = kSources + 2 * sizeof(Sources<T>);
-
-  static __device__ Tiles<T, kWidth> own(uint32_t base) {
-    return {{base}, {base + kCol * kOwn}, {base + (kEach - 1) * kOwn}};
-  }
-  // b's v serves the row softmax, its d_o the column softmax.
-  static __device__ Tiles<T, kWidth> walked(uint32_t base, int stage) {
-    const uint32_t at = base + kEach * (kOwn + stage * kWalked);
-    return {{at}, {at + kRow * kWalked}, {at + (kEach - 1) * kWalked}};
-  }
-  static __device__ uint32_t stats(uint32_t base, int stage) {
-    return base + kTileBytes + stage * kStat;
-  }
-};
-
 template <bool kRow, bool kCol, typename T, int kWidth, bool kTall>
 __global__ void __launch_bounds__((OwnerBwd<sizeof(T), kWidth, kTall>::kThreads),
                                   (kRow && !kCol && sizeof(T) == 2 && kWidth <= 64 ? 3 : 1))
     owner_bwd_kernel(const __grid_constant__ Attention all) {
-  using S = OwnerBwd<sizeof(T), kWidth, kTall>;
-  using L = Layout<kRow, kCol, T, kWidth, S>;
-  constexpr int kNT = S::kNT, kDT = kWidth / 8 / S::kSplit;
-  static_assert(S::kMT == 1);
   extern __shared__ __align__(1024) char smem[];
-  const RowBlock<S::kRows> block(all);
-  const Pair& p = all.pair[block.side];
-  const int head = block.head, b = block.b, h = block.h, m0 = block.m0, warp = threadIdx.x / 32;
-  const int heads = static_cast<int>(all.B * all.H);
-  const int row0 = warp / S::kSplit * 16, col0 = warp % S::kSplit * 8 * kDT;
-  const uint32_t base = shared_address(smem);
-  const Tiles<T, kWidth> own = L::own(base);
-  const float centre = centre_of(p, head);
-
-  // In shared memory: between loads they take no registers.
-  Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
-  if (threadIdx.x == 0) walked = Sources<T>(p.b, p.width, b, h, kCol, kWidth);
-  const Copier<S::kThreads, Tile<T, kWidth>> copier(true);
-  load_tiles<S::kRows, kCol, kRow>(own, Sources<T>(p.a, p.width, b, h, kRow, kWidth), m0, copier);
-  __syncthreads();  // orders the write of `walked` before its reads
-  const RowStats stats(p.a, Keep(p.a.keep, b), head, m0 + row0, centre, heads);
-  const Lanes<Tile<T, kWidth>> lanes;
-  float dqk[1][kDT][4], dv[1][kDT][4];
-  clear(dqk);
-  clear(dv);
-  const auto load = [&](int j, int stage) {
-    const Tiles<T, kWidth> t = L::walked(base, stage);
-    const int n0 = j * S::kCols;
-    load_tiles<S::kCols, kRow, kCol>(t, walked, n0, copier);
-    if constexpr (kCol) {
-      const uint32_t to = L::stats(base, stage);
-      load_stats<S::kCols, S::kThreads>(to, p.b, head, n0, heads);
-    }
-  };
-  const int end = static_cast<int>(ceil_div(block.end, S::kCols));
-  walk<S::kStages>(block.from / S::kCols, end, load, [&](int j, int stage) {
-    const Tiles<T, kWidth> other = L::walked(base, stage);
-    float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
-    uint64_t passes[1];
-    ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, b, h, own, other, lanes,
-                        L::stats(base, stage), stats, row0, m0 + row0, j * S::kCols);
-    if (!p.plain) {
-#pragma unroll
-      for (int i = 0; i < kNT * 4; ++i) {
-        ds[0][i / 4][i % 4] = gate(passes[0], i, ds[0][i / 4][i % 4]);
-      }
-    }
-    dot_regs(dqk, ds, other.qk, col0, lanes);
-    if constexpr (kCol) dot_regs(dv, pf_col, other.d_o, col0, lanes);
-  });
-
-  __syncthreads();  // orders the last reads of a's tiles before the results that take their place
-  using Store = Storer<T, kDT>;
-  const Store store({base + warp * 16 * Store::Stage::kRowBytes}, false);
-  // Anew, for registers' sake.
-  const RowBlock<S::kRows> out(all, kept_register(blockIdx.x));
-  const int from = out.m0 + row0;
-  const int64_t first = out.head * p.a.rows + from, rows = p.a.rows - from;
-  float* part = p.part + (out.head * p.chunks + out.share) * p.a.rows * (p.width + p.a.width_v);
-  const auto write = [&](void* to, float* share, int64_t columns, const float (&c)[kDT][4]) {
-    if (to == nullptr) return;
-    const int width = static_cast<int>(columns), cols = width - col0;
-    if (p.chunks > 1) {
-      put_rows(share, from, p.a.rows, width, col0, c);
-    } else {
-      store(store.start(to, first, width) + col0, store.whole(rows, width, cols), rows, width, cols,
-            c);
-    }
-  };
-#pragma unroll
-  for (int i = 0; i < 4 * kDT; ++i) dqk[0][i / 4][i % 4] *= p.scale;
-  write(p.a.dqk, part, p.width, dqk[0]);
-  if constexpr (kCol) {
-    if (!stats.all()) {
-#pragma unroll
-      for (int i = 0; i < 4 * kDT; ++i) {
-        if (!stats.keep(i % 4 / 2)) dv[0][i / 4][i % 4] = 0.0f;
-      }
-    }
-    write(p.a.dv, part + p.a.rows * p.width, p.a.width_v, dv[0]);
-  }
+  own_rows<kRow, kCol, false, T, kWidth, OwnerBwd<sizeof(T), kWidth, kTall>>(all, smem);
 }
 
 // A block owns one tile of the bias's gradient and adds, in a fixed order, all of ds that falls on
@@ -200,7 +106,7 @@ template <bool kRow, bool kCol, typename T, int kWidth>
 __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, false>::kThreads, 1)
     dbias_kernel(const __grid_constant__ BiasGrad grad) {
   using S = OwnerBwd<sizeof(T), kWidth, false>;
-  using L = Layout<kRow, kCol, T, kWidth, S>;
+  using L = BwdLayout<kRow, kCol, T, kWidth, S>;
   constexpr int kNT = S::kNT, kPitch = S::kCols + 1;
   static_assert(S::kRows * kPitch * sizeof(float) <= L::kBytes);
   extern __shared__ __align__(1024) char smem[];
@@ -232,9 +138,8 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, false>::kThreads, 
         new (&sources[0]) Sources<T>(p.a, p.width, b, h, kRow, kWidth);
         new (&sources[1]) Sources<T>(p.b, p.width, b, h, kCol, kWidth);
       }
-      const float centre = centre_of(p, head);
       for (int m0 = tile_m * S::kRows; m0 < end_m; m0 += S::kRows) {
-        const RowStats stats(p.a, Keep(p.a.keep, b), head, m0 + row0, centre, heads);
+        const RowStats<false> stats(p.a, Keep(p.a.keep, b), head, m0 + row0, heads);
         for (int n0 = tile_n * S::kCols; n0 < end_n; n0 += S::kCols) {
           __syncthreads();  // orders the reads of the tile before its overwriting, the sources
           load_tiles<S::kRows, kCol, kRow>(own, sources[0], m0, copier);
@@ -299,7 +204,7 @@ Kernel by_softmax(Softmax which, const Make& make) {
 
 template <bool kRow, bool kCol, typename T, int kWidth, typename S>
 Kernel kernel(const void* function) {
-  return {function, S::kRows, S::kCols, S::kThreads, Layout<kRow, kCol, T, kWidth, S>::kBytes};
+  return {function, S::kRows, S::kCols, S::kThreads, BwdLayout<kRow, kCol, T, kWidth, S>::kBytes};
 }
 
 }  // namespace

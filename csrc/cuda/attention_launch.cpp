@@ -187,19 +187,17 @@ Kernel pick_rows(Attention& all, const at::Tensor& on, const Pick& pick) {
   return threads >= 256 && rows > low.rows && busy ? tall : low;
 }
 
-// Launches pick(tall) on the rows of both pairs. Shares of results are width(pair) numbers a token,
-// and joined.
-template <typename Pick, typename Width, typename Join>
-void launch_rows(Attention all, const at::Tensor& on, const Pick& pick, const Width& width,
-                 const Join& join) {
-  const Kernel k = pick_rows(all, on, pick);
-  share_walks(all, k, on);
+// Launches `blocks` blocks on the rows of both pairs. Shares of results are width(pair) numbers a
+// token, and joined.
+template <typename Width, typename Join>
+void launch_rows(Attention& all, const Kernel& k, int64_t blocks, const at::Tensor& on,
+                 const Width& width, const Join& join) {
   std::vector<Shares> shares;
   for (Pair& p : all.pair) {
     const int64_t tokens = all.B * all.H * p.chunks * p.a.rows;
     if (p.chunks > 1) shares.emplace_back(p, tokens, width(p), on);
   }
-  launch(k.function, row_programs(all, k.rows), k.threads, k.smem, all, on);
+  launch(k.function, blocks, k.threads, k.smem, all, on);
   for (const Pair& p : all.pair) {
     if (p.chunks == 1) continue;
     Resident r{all, p.chunks, p.chunk, p.part, p.part_lse};
@@ -208,10 +206,19 @@ void launch_rows(Attention all, const at::Tensor& on, const Pick& pick, const Wi
   }
 }
 
+// The same with the better tile of pick(tall), and walks shared.
+template <typename Pick, typename Width, typename Join>
+void walk_rows(Attention all, const at::Tensor& on, const Pick& pick, const Width& width,
+               const Join& join) {
+  const Kernel k = pick_rows(all, on, pick);
+  share_walks(all, k, on);
+  launch_rows(all, k, row_programs(all, k.rows), on, width, join);
+}
+
 void launch_fwd(const Attention& all, const at::Tensor& on) {
   const auto pick = [&](bool tall) { return attend_fwd(dtype_of(on), width_of(all), tall); };
   const auto width = [](const Pair& p) { return p.a.width_o; };
-  launch_rows(all, on, pick, width, merge_shares);
+  walk_rows(all, on, pick, width, merge_shares);
 }
 
 Attention bi(const at::Tensor& qk_x, const at::Tensor& qk_y, const at::Tensor& v_x,
@@ -281,14 +288,16 @@ void launch_delta(Attention& all, const at::Tensor& on) {
   launch(k.function, all.first + blocks(1), k.threads, k.smem, all, on);
 }
 
+// Numbers a token that a block of the backward leaves as its share.
+int64_t bwd_width(const Pair& p) { return p.width + p.a.width_v; }
+
 // One launch of the backward for the rows of either pair's `a` that want gradients.
 void launch_owner(Attention all, Softmax which, const at::Tensor& on) {
   for (Pair& p : all.pair) {
     if (!p.a.dqk && !p.a.dv) p.a.rows = 0;  // no programs
   }
   const auto pick = [&](bool tall) { return owner_bwd(dtype_of(on), width_of(all), which, tall); };
-  const auto width = [](const Pair& p) { return p.width + p.a.width_v; };
-  launch_rows(all, on, pick, width, sum_shares);
+  walk_rows(all, on, pick, bwd_width, sum_shares);
 }
 
 // The gradient of a bias. Where it is constant over the keys of a softmax, ds of that softmax sums
@@ -393,8 +402,11 @@ std::vector<at::Tensor> bi_attention_bwd(
   if (!regime.kernel.function) {
     launch_owner(all, Softmax::kBoth, qk_x);
   } else if (needs[0] || needs[1] || needs[2] || needs[3]) {
-    const Pair& r = regime.problem.all.pair[0];
-    launch_resident(regime, r.width + r.b.width_v, qk_x, sum_shares);
+    Attention rows = regime.problem.all;
+    rows.pair[0] = swapped(rows.pair[0]), rows.pair[1].a.rows = 0;
+    rows.pair[0].chunks = regime.problem.chunks, rows.pair[0].chunk = regime.problem.chunk;
+    rows.first = regime.blocks();
+    launch_rows(rows, regime.kernel, rows.first, qk_x, bwd_width, sum_shares);
   }
   if (needs[4]) out.grads.push_back(launch_dbias(all, *bias, true, x, y, qk_x));
   return out.grads;

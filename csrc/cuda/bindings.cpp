@@ -66,7 +66,10 @@ std::vector<pybind11::dict> kernels() {
           add("resident_fwd_kernel", tail + "Li" + std::to_string(k.cols) + "E", k);
         before = k.cols;
       }
-      add("resident_bwd_kernel", tail, fmm::cuda::resident_bwd(dtype, width, 1));
+      for (const int rows : {64, 128, 256}) {
+        add("resident_bwd_kernel", tail + "Li" + std::to_string(rows) + "E",
+            fmm::cuda::resident_bwd(dtype, width, rows));
+      }
       for (const auto& [loss, of] : losses) {
         const fmm::cuda::PairKernels k = of(dtype, width);
         add("fused_fwd_kernel", loss + tail, k.fused_fwd);

@@ -103,8 +103,9 @@ __device__ inline void ldmatrix(uint32_t (&a)[2], uint32_t (&b)[2], uint32_t add
   }
 }
 
-// Where a lane starts in tiles of one kind: for load_a and load_b from row `row`, for load_bt and
-// load_at also from column `col`; multiples of eight rows and, unless padded, of 128 bytes.
+// Where a lane starts in tiles of one kind: for load_a and load_b from row `row`, a multiple of
+// eight; for load_bt from column `col`, a multiple of as many as are then read, a power of two; for
+// load_at likewise, but of 128 bytes unless padded.
 template <typename Of>
 struct Lanes {
   uint32_t by_a, by_b, by_word;
@@ -123,7 +124,8 @@ struct Lanes {
   __device__ Spot<Of> a(Of tile, int row) const { return {tile.base + row * Of::kRowBytes + by_a}; }
   __device__ Spot<Of> b(Of tile) const { return {tile.base + by_b}; }
   __device__ Spot<Of> bt(Of tile, int col) const {
-    return {tile.base + col * Of::kSize + (Of::kSize == 2 ? by_a : by_word)};
+    const uint32_t by = Of::kSize == 2 ? by_a : by_word, bytes = col * Of::kSize;
+    return {tile.base + (Of::kPadded_ ? by + bytes : (by ^ (bytes & 127)) + (bytes & ~127u))};
   }
   __device__ Spot<Of> at(Of tile, int col) const {
     return {tile.base + col * Of::kSize + (Of::kSize == 2 ? by_b : by_word)};

@@ -398,16 +398,17 @@ __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ Resi
   for (int c = 0; c < chunks; ++c) total += exp2_fast(static_cast<float>(lse[c * rows] - top));
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   T* to = static_cast<T*>(s.o) + out * width;
+  const bool vectors = width % 4 == 0;
 #pragma unroll 1
   for (int d = lane * 4; d < width; d += 64) {
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int c = 0; c < chunks; ++c) {
       const float weight = exp2_fast(static_cast<float>(lse[c * rows] - top));
-      add_scaled4(sum, weight, p.part + (first + c * rows) * width, d, width);
+      add_scaled4(sum, weight, p.part + (first + c * rows) * width + d, width - d, vectors);
     }
 #pragma unroll
     for (float& x : sum) x *= inverse;
-    put4(to, sum, d, width);
+    put4(to + d, sum, width - d, vectors);
   }
   if (lane == 0) s.lse[out] = total == 0.0f ? -kInf : (top + log2_fast(total)) * kLn2;
 }

@@ -125,32 +125,32 @@ struct Storer {
   }
 };
 
-// Numbers [at, at + 4) of `size` ones, in one access where no group of four leaves them or crosses
-// 16 bytes: sum += factor * from, and to = sum.
-__device__ inline void add_scaled4(float (&sum)[4], float factor, const float* from, int at,
-                                   int size) {
-  if (size % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-    const float4 x = *reinterpret_cast<const float4*>(from + at);
+// The next four numbers, `left` of which there are, in one access if `vectors`: sum += factor *
+// from, and to = sum.
+__device__ inline void add_scaled4(float (&sum)[4], float factor, const float* from, int left,
+                                   bool vectors) {
+  if (vectors) {
+    const float4 x = *reinterpret_cast<const float4*>(from);
     sum[0] = fmaf(factor, x.x, sum[0]), sum[1] = fmaf(factor, x.y, sum[1]);
     sum[2] = fmaf(factor, x.z, sum[2]), sum[3] = fmaf(factor, x.w, sum[3]);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (at + i < size) sum[i] = fmaf(factor, from[at + i], sum[i]);
+      if (i < left) sum[i] = fmaf(factor, from[i], sum[i]);
     }
   }
 }
 template <typename T>
-__device__ inline void put4(T* to, const float (&sum)[4], int at, int size) {
-  if (sizeof(T) == 2 && size % 4 == 0 && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+__device__ inline void put4(T* to, const float (&sum)[4], int left, bool vectors) {
+  if (sizeof(T) == 2 && vectors) {
     T v[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = static_cast<T>(sum[i]);
-    *reinterpret_cast<uint2*>(to + at) = *reinterpret_cast<const uint2*>(v);
+    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(v);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (at + i < size) to[at + i] = static_cast<T>(sum[i]);
+      if (i < left) to[i] = static_cast<T>(sum[i]);
     }
   }
 }

@@ -122,13 +122,23 @@ struct ResidentFwd<128, 64> : ResidentShape<128, 64, 64, 4, 2> {};  // 104 KiB
 template <>
 struct ResidentFwd<256, 32> : ResidentShape<256, 64, 32, 4, 1> {};  // 100 KiB
 
-template <int kWidth>
-struct ResidentBwd;
+template <int kWidth, int kRows>
+struct ResidentBwd;  // 16-bit types; a block owns a short stream of up to kRows tokens
 template <>
-struct ResidentBwd<32> : ResidentShape<32, 64, 64, 4, 2> {};
+struct ResidentBwd<32, 64> : Shape<64, 64, 4, 1, 2> {};
 template <>
-struct ResidentBwd<64> : ResidentShape<64, 64, 64, 4, 2, 16> {};
+struct ResidentBwd<32, 128> : Shape<128, 64, 8, 1, 2> {};
 template <>
-struct ResidentBwd<128> : ResidentShape<128, 64, 32, 4, 1> {};
+struct ResidentBwd<32, 256> : Shape<256, 64, 8, 1, 2> {};  // 147 KiB
+template <>
+struct ResidentBwd<64, 64> : Shape<64, 64, 4, 1, 2> {};
+template <>
+struct ResidentBwd<64, 128> : Shape<128, 64, 8, 1, 2> {};  // 135 KiB
+template <>
+struct ResidentBwd<64, 256> : Shape<256, 32, 8, 1, 2> {};  // 162 KiB
+template <>
+struct ResidentBwd<128, 64> : Shape<64, 32, 4, 1, 2> {};  // 108 KiB
+template <>
+struct ResidentBwd<128, 128> : Shape<128, 32, 8, 1, 1> {};  // 141 KiB
 
 }  // namespace fmm::cuda
