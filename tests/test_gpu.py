@@ -300,6 +300,22 @@ def test_losses_in_chunks(op, backend, size, dtype, small_tiles):
             check(op, backend, tensors, options | features, dtype)
 
 
+@pytest.mark.parametrize("rows, columns", [(200, 200), (20, 8200)], ids=str)
+@pytest.mark.parametrize("levels", ["climb", "leap"])
+@on_each_dtype((torch.float32, torch.bfloat16), "contrastive_loss")
+def test_scores_of_tiles_far_apart(op, backend, dtype, levels, rows, columns):
+    """Beyond the reach of one reference for a tile's rows and columns; parts of few rows, many of
+    them."""
+    x, y = randn(rows, 32, seed=1) / 4, randn(columns, 32, seed=2) / 4
+    level = torch.tensor(LEVELS[levels]).repeat_interleave(48)
+    x[:, 0], x[:, 1] = level.repeat(2)[:rows], 1.0
+    y[:, 0], y[:, 1] = 1.0, level.repeat(columns // 192 + 1)[:columns]
+    options = dict(reduction="none", logit_scale=1.0)
+    if rows < columns:
+        options |= dict(direction="x", positives=torch.arange(rows))
+    check(op, backend, dict(x=x, y=y), options, dtype, reach=2 * level.abs().max().item())
+
+
 @on_each_dtype((torch.float32, torch.bfloat16), "contrastive_loss", "sigmoid_loss")
 def test_losses_need_no_room_for_scores(op, backend, dtype, monkeypatch):
     """At the peak of forward and backward less than half of what s takes."""

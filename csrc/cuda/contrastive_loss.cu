@@ -5,6 +5,8 @@
 
 namespace fmm::cuda {
 
+constexpr float kNear = 90.0f, kLeast = 0x1p-90f;  // how far sums may lie from what they refer to
+
 // Exponents are base 2 and start from fl(top * log2(e)), the same in every use.
 __device__ inline float exp_of(float s, float top2) { return exp2_fast(fmaf(s, kLog2e, -top2)); }
 
@@ -77,8 +79,9 @@ struct Contrastive {
 #pragma unroll
       for (int k = 0; k < 2 * kMT; ++k) {
         const int m = k / 2, h = k % 2, row = at.row_of(m, 2 * h);
-        const float top = quad_max(top_[m][h]);
+        float top = quad_max(top_[m][h]);
         const float sum = quad_sum(sum_[m][h] * exp2_fast(top_[m][h] - finite_or(top, 0.0f)));
+        if (sum == 0.0f) top = -kInf;  // a reference without entries
         const float total = quad_sum(total_[m][h]);
         if (threadIdx.x % 4 != 0 || row >= p_.scores.M) continue;
         const auto to = [&](int stat) -> float& {
@@ -143,8 +146,11 @@ struct Contrastive {
         }
       }
       if (threadIdx.x % 32 == 0) room_.positives[warp()] = any;
+      if (ref_ == kInf) ref_ = reference(s);
+      if (!kMarked && common_ && one_reference(s)) return;
       const auto self = [&](int m, int n, int i) { return s[m][n][i]; };
       if (p_.part_x) {
+        bool near = true;
 #pragma unroll
         for (int k = 0; k < 2 * kMT; ++k) {
           const int m = k / 2, h = k % 2;
@@ -154,9 +160,64 @@ struct Contrastive {
               m, h, Add(), [&](int m, int n, int i) { return exp_of(s[m][n][i], safe); });
           sum_[m][h] = sum_[m][h] * exp2_fast(top_[m][h] - safe) + sum;
           top_[m][h] = top;
+          near = near && (sum_[m][h] == 0.0f || fabsf(top - ref_) <= kNear);
+        }
+        common_ = common_ && __all_sync(~0u, near);
+        if (common_ && ref_ < kInf) {
+#pragma unroll
+          for (int k = 0; k < 2 * kMT; ++k) {
+            const float top = top_[k / 2][k % 2];
+            sum_[k / 2][k % 2] *= exp2_fast(finite_or(top, ref_) - ref_), top_[k / 2][k % 2] = ref_;
+          }
         }
       }
       if (p_.part_y) columns_lse(kNegTop, s, [](int, int, int) { return true; });
+    }
+
+    // The largest of the warp's entries, or 0 if that is not finite; +inf: there are none.
+    __device__ float reference(const float (&s)[kMT][kNT][4]) const {
+      float most = -kInf;
+#pragma unroll
+      for (int i = 0; i < kMT * kNT * 4; ++i) {
+        most = fmaxf(most, s[i / (kNT * 4)][i / 4 % kNT][i % 4]);
+      }
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+      return most == -kInf ? kInf : fabsf(most) < kInf ? most * kLog2e : 0.0f;
+    }
+
+    // Sums of rows and of columns from one exponential an entry; false, and nothing added, where
+    // one is too far from ref_ to be exact.
+    __device__ bool one_reference(const float (&s)[kMT][kNT][4]) {
+      float v[2 * kNT], sum[kMT][2], least = kInf, most = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kMT * kNT * 4; ++i) {
+        const int m = i / (kNT * 4), n = i / 4 % kNT, c = i % 2, h = i % 4 / 2;
+        const float e = exp_of(s[m][n][i % 4], ref_);
+        float &of_row = sum[m][h], &of_column = v[2 * n + c];
+        of_row = n == 0 && c == 0 ? e : of_row + e;
+        of_column = m == 0 && h == 0 ? e : of_column + e;
+      }
+#pragma unroll
+      for (int k = 0; k < 2 * kMT; ++k) {
+        least = fminf(least, sum[k / 2][k % 2]), most = fmaxf(most, sum[k / 2][k % 2]);
+      }
+      if (p_.part_y) {
+        share<kNT, 16>(v, Add());
+        least = fminf(least, fminf(v[0], v[1])), most = fmaxf(most, fmaxf(v[0], v[1]));
+      }
+      // With the exponents of fp32 in reserve for what is far below a sum.
+      if (!__all_sync(~0u, least >= kLeast && most <= 1.0f / kLeast)) return false;
+#pragma unroll
+      for (int k = 0; k < 2 * kMT; ++k) {
+        sum_[k / 2][k % 2] += sum[k / 2][k % 2], top_[k / 2][k % 2] = ref_;
+      }
+      const int lane = threadIdx.x % 32;
+      if (p_.part_y) {
+        *reinterpret_cast<float2*>(columns(kNegTop) + 2 * lane) = make_float2(ref_, ref_);
+        *reinterpret_cast<float2*>(columns(kNegSum) + 2 * lane) = make_float2(v[0], v[1]);
+      }
+      return true;
     }
 
     // Maximum and sum of exponentials of a warp's columns where in(m, n, i).
@@ -239,7 +300,10 @@ struct Contrastive {
     const PairForward& p_;
     const BlockAt<S>& block_;
     Room& room_;
-    float top_[kMT][2], sum_[kMT][2], total_[kMT][2], count_[kMT][2];  // a lane's shares
+    float top_[kMT][2], sum_[kMT][2], total_[kMT][2];  // a lane's shares
+    // What all entries of the warp's rows refer to, in base 2, while all sums lie near it.
+    float ref_ = kInf;  // +inf: not known yet
+    bool common_ = true;
   };
 
   struct Known {
@@ -292,37 +356,64 @@ __device__ inline double log_add(double a, double b) {
 
 constexpr int kMergeThreads = 128;
 
-// A thread merges all parts of one row or column, in order.
+// kLanes threads merge the parts of one row or column, each every kLanes-th in order, and the first
+// of them what they found, in order.
+template <int kLanes>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Merge a) {
-  const int64_t at = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
-  if (at >= a.G * a.L) return;
-  const auto part = [&](int64_t i, int stat) {
-    return a.part[(i * kPartStats + stat) * a.G * a.L + at];
-  };
-  double r[6];
+  constexpr int kRows = kMergeThreads / kLanes;
+  const int row = threadIdx.x % kRows, lane = threadIdx.x / kRows;
+  const int64_t at = int64_t{blockIdx.x} * kRows + row, all = a.G * a.L;
+  const int64_t parts = at < all ? a.parts : 0;
+  const auto part = [&](int64_t i, int stat) { return a.part[(i * kPartStats + stat) * all + at]; };
+  __shared__ float tops[2][kLanes][kRows];
+  __shared__ double sums[6][kLanes][kRows];
+  float top[2] = {-kInf, -kInf};
+  double sum[6] = {};
+#pragma unroll 4
+  for (int64_t i = lane; i < parts; i += kLanes) {
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    float top = -kInf;
-    for (int64_t i = 0; i < a.parts; ++i) top = fmaxf(top, part(i, 2 * k));
-    const float safe = finite_or(top, 0.0f);
-    double sum = 0.0;
-    for (int64_t i = 0; i < a.parts; ++i) {
-      sum += double{part(i, 2 * k + 1)} * exp2_fast(part(i, 2 * k) - safe);
+    for (int k = 0; k < 2; ++k) top[k] = fmaxf(top[k], part(i, 2 * k));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sum[2 + k] += part(i, kSumPos + k);
+  }
+  if constexpr (kLanes > 1) {
+    tops[0][lane][row] = top[0], tops[1][lane][row] = top[1];
+    __syncthreads();  // orders the lanes' maxima before their reads
+#pragma unroll
+    for (int i = 0; i < 2 * kLanes; ++i) top[i % 2] = fmaxf(top[i % 2], tops[i % 2][i / 2][row]);
+  }
+  const float safe[2] = {finite_or(top[0], 0.0f), finite_or(top[1], 0.0f)};
+#pragma unroll 4
+  for (int64_t i = lane; i < parts; i += kLanes) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      sum[k] += double{part(i, 2 * k + 1)} * exp2_fast(part(i, 2 * k) - safe[k]);
     }
-    r[k] = sum == 0.0 ? -kInf : safe / double{kLog2e} + log(sum);
   }
+  if constexpr (kLanes > 1) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < a.parts; ++i) sum += part(i, kSumPos + k);
-    r[2 + k] = sum;
+    for (int k = 0; k < 6; ++k) sums[k][lane][row] = sum[k];
+    __syncthreads();  // orders the lanes' sums before their reads
+    if (lane > 0) return;
+#pragma unroll
+    for (int k = 0; k < 6; ++k) {
+      for (int i = 1; i < kLanes; ++i) sum[k] += sums[k][i][row];
+    }
   }
+  if (at >= all) return;
   double* to = a.stats + at / a.L * a.stride[1] + at % a.L;
 #pragma unroll
   for (int k = 0; k < 6; ++k) {
     double& v = to[k * a.stride[0]];
-    v = !a.join ? r[k] : k < 2 ? log_add(v, r[k]) : v + r[k];
+    if (k < 2) sum[k] = sum[k] == 0.0 ? -kInf : safe[k] / double{kLog2e} + log(sum[k]);
+    v = !a.join ? sum[k] : k < 2 ? log_add(v, sum[k]) : v + sum[k];
   }
+}
+
+template <int kLanes>
+Kernel merge() {
+  return {reinterpret_cast<const void*>(&merge_kernel<kLanes>), kMergeThreads / kLanes, 0,
+          kMergeThreads, 0};
 }
 
 }  // namespace
@@ -330,8 +421,9 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 PairKernels contrastive_kernels(DType dtype, int width) {
   return kernels_of<Contrastive>(dtype, width);
 }
-Kernel merge_parts() {
-  return {reinterpret_cast<const void*>(&merge_kernel), kMergeThreads, 0, kMergeThreads, 0};
+// Few rows of many parts would leave most of the device idle.
+Kernel merge_parts(int64_t parts, int64_t rows) {
+  return parts >= 32 && rows <= 4096 ? merge<16>() : merge<1>();
 }
 
 }  // namespace fmm::cuda

@@ -122,7 +122,7 @@ struct PairKernels {
 };
 PairKernels contrastive_kernels(DType dtype, int width);
 PairKernels sigmoid_kernels(DType dtype, int width);
-Kernel merge_parts();
+Kernel merge_parts(int64_t parts, int64_t rows);
 Kernel loss_rows();
 Kernel fact_rows();
 Kernel unit_rows(DType dtype);

@@ -374,7 +374,7 @@ void merge(const at::Tensor& part, const at::Tensor& stats, int64_t g0, int64_t 
   const int64_t stride[] = {stats.stride(0), stats.stride(1)};
   double* to = stats.data_ptr<double>() + g0 * stride[1] + first;
   const Merge a{part.data_ptr<float>(), part.size(0), G, L, to, {stride[0], stride[1]}, join};
-  run(merge_parts(), G * L, a, part);
+  run(merge_parts(part.size(0), G * L), G * L, a, part);
 }
 
 void set_bias(Call& call, const at::Tensor& logit_bias) {

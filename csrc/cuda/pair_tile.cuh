@@ -15,6 +15,12 @@ struct LaneAt {
 
   __device__ int row_of(int m, int i) const { return row + 16 * m + i / 2 * 8; }
   __device__ int col_of(int n, int i) const { return col + 8 * n + i % 2; }
+  // Whether all of the warp's entries are inside.
+  template <int kMT, int kNT>
+  __device__ bool whole(const Scores& s) const {
+    const int lane = threadIdx.x % 32;
+    return row - lane / 4 + 16 * kMT <= s.M && col - lane % 4 * 2 + 8 * kNT <= s.N;
+  }
 };
 
 // Rows m0 on and the part of the columns that a block walks, tiles [begin, end). `parts` run
@@ -39,15 +45,25 @@ struct BlockAt {
 // Stored products, 0 outside.
 template <int kMT, int kNT>
 __device__ inline void load_dots(float (&x)[kMT][kNT][4], const Scores& s, const LaneAt& at) {
+  const float* from = s.dots + (at.g * s.M + at.row) * s.pitch + at.col;
+  if (at.whole<kMT, kNT>(s)) {
 #pragma unroll
-  for (int k = 0; k < 2 * kMT; ++k) {
-    const int m = k / 2, i = k % 2 * 2, row = at.row_of(m, i);
-    const float* from = s.dots + (at.g * s.M + row) * s.pitch;
+    for (int k = 0; k < 2 * kMT; ++k, from += 8 * s.pitch) {
+      unroll<kNT>([&](auto n) {
+        const float2 v = *reinterpret_cast<const float2*>(from + 8 * n);
+        x[k / 2][n][k % 2 * 2] = v.x, x[k / 2][n][k % 2 * 2 + 1] = v.y;
+      });
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < 2 * kMT; ++k, from += 8 * s.pitch) {
+    const int m = k / 2, i = k % 2 * 2;
 #pragma unroll
     for (int n = 0; n < kNT; ++n) {
       const int col = at.col_of(n, 0);
       float2 v = make_float2(0.0f, 0.0f);
-      if (row < s.M && col < s.N) v = *reinterpret_cast<const float2*>(from + col);
+      if (at.row_of(m, i) < s.M && col < s.N) v = *reinterpret_cast<const float2*>(from + 8 * n);
       x[m][n][i] = v.x, x[m][n][i + 1] = col + 1 < s.N ? v.y : 0.0f;
     }
   }
@@ -195,19 +211,29 @@ __device__ inline void fold_columns(float* to, const Op& op, const Value& value)
 template <typename T, int kMT, int kNT>
 __device__ inline void store_w(void* w, const Scores& s, const LaneAt& at,
                                const float (&v)[kMT][kNT][4]) {
+  T* to = static_cast<T*>(w) + (at.g * s.M + at.row) * s.pitch + at.col;
+  const auto put = [&](int m, int n, int i) {
+    const float* two = &v[m][n][i];
+    if constexpr (sizeof(T) == 2) {
+      *reinterpret_cast<uint32_t*>(to + 8 * n) = pack<T>(two[0], two[1]);
+    } else {
+      *reinterpret_cast<float2*>(to + 8 * n) = make_float2(two[0], two[1]);
+    }
+  };
+  if (at.whole<kMT, kNT>(s)) {
 #pragma unroll
-  for (int k = 0; k < 2 * kMT; ++k) {
-    const int m = k / 2, i = k % 2 * 2, row = at.row_of(m, i);
-    T* to = static_cast<T*>(w) + (at.g * s.M + row) * s.pitch;
+    for (int k = 0; k < 2 * kMT; ++k, to += 8 * s.pitch) {
+#pragma unroll
+      for (int n = 0; n < kNT; ++n) put(k / 2, n, k % 2 * 2);
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < 2 * kMT; ++k, to += 8 * s.pitch) {
 #pragma unroll
     for (int n = 0; n < kNT; ++n) {
-      const int col = at.col_of(n, 0);
-      if (row >= s.M || col >= s.N) continue;
-      if constexpr (sizeof(T) == 2) {
-        *reinterpret_cast<uint32_t*>(to + col) = pack<T>(v[m][n][i], v[m][n][i + 1]);
-      } else {
-        *reinterpret_cast<float2*>(to + col) = make_float2(v[m][n][i], v[m][n][i + 1]);
-      }
+      const int m = k / 2, i = k % 2 * 2;
+      if (at.row_of(m, i) < s.M && at.col_of(n, 0) < s.N) put(m, n, i);
     }
   }
 }
