@@ -52,6 +52,7 @@ class Shape:
 
 SHAPES = (
     Shape("vilbert-36x36", "tiny", 4, 8, 36, 36, 128),
+    Shape("lxmert-36x20", "tiny", 4, 12, 36, 20, 64),
     Shape("tiny-64x64", "tiny", 4, 8, 64, 64, 64),
     Shape("image-2048-text-64", "resident", 2, 8, 2048, 64, 64),
     Shape("image-2048-text-128", "resident", 2, 8, 2048, 128, 64),

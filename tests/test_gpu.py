@@ -207,7 +207,7 @@ def test_scores_of_masked_keys_that_climb(op, backend, dtype):
 
 @on_cuda
 @pytest.mark.parametrize("D", [32, 64, 128])
-@pytest.mark.parametrize("short", [50, 100, 200])
+@pytest.mark.parametrize("short", [20, 50, 100, 200])
 def test_short_streams_of_every_kernel(short, D):
     """Every tile of the compiled resident kernels; last warps have rows past the end, or none."""
     options = dict(return_lse=True, scale=0.4, **masks(2, 140, short))

@@ -59,17 +59,16 @@ std::vector<pybind11::dict> kernels() {
       for (const auto& [which, flags] : softmaxes) {
         add("dbias_kernel", flags + tail, fmm::cuda::dbias(dtype, width, which));
       }
-      int before = 0;
-      for (const int cols : {32, 64, 128}) {
-        const Kernel k = fmm::cuda::resident_fwd(dtype, width, cols);
-        if (k.cols != before)
-          add("resident_fwd_kernel", tail + "Li" + std::to_string(k.cols) + "E", k);
-        before = k.cols;
-      }
-      for (const int rows : {64, 128, 256}) {
-        add("resident_bwd_kernel", tail + "Li" + std::to_string(rows) + "E",
-            fmm::cuda::resident_bwd(dtype, width, rows));
-      }
+      const auto residents = [&](const char* name, Kernel (*of)(DType, int, int64_t)) {
+        int before = 0;
+        for (const int cols : {32, 64, 128, 256}) {
+          const Kernel k = of(dtype, width, cols);
+          if (k.cols != before) add(name, tail + "Li" + std::to_string(k.cols) + "E", k);
+          before = k.cols;
+        }
+      };
+      residents("resident_fwd_kernel", fmm::cuda::resident_fwd);
+      residents("resident_bwd_kernel", fmm::cuda::resident_bwd);
       for (const auto& [loss, of] : losses) {
         const fmm::cuda::PairKernels k = of(dtype, width);
         add("fused_fwd_kernel", loss + tail, k.fused_fwd);

@@ -55,6 +55,9 @@ Kernel resident_bwd(DType dtype, int width, int64_t cols) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
     if constexpr (sizeof(T) == 2 && kW <= 128) {
+      if constexpr (kW >= 64) {
+        if (cols <= 32) return kernel<T, kW, 32>();
+      }
       if (cols <= 64) return kernel<T, kW, 64>();
       if (cols <= 128) return kernel<T, kW, 128>();
       if constexpr (kW <= 64) {

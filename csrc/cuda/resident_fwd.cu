@@ -138,6 +138,7 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
   const Copier<S::kThreads, Tile<T, kWidth>> copier(kHold);
   const Lanes<Tile<T, kWidth>> lanes(kHold);
   const Lanes<Tile<T, kCols, true>> lanes_p(kHold);
+  static_assert(Storer<T, S::kChunk / 8>::Stage::kRowBytes <= Tile<T, kCols, true>::kRowBytes);
   const Storer<T, S::kChunk / 8> store({p_col.address(row0, 0)}, kHold);
   auto p_at = spot_of(p_col, row0);
   if (kHold) p_at.at = kept_register(p_at.at);
@@ -429,9 +430,10 @@ Kernel resident_fwd(DType dtype, int width, int64_t cols) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
     if constexpr (sizeof(T) == 2) {
-      if constexpr (kW == 256) {
+      if constexpr (kW >= 64) {
         if (cols <= 32) return kernel<T, kW, 32>();
-      } else {
+      }
+      if constexpr (kW <= 128) {
         if (cols <= 64) return kernel<T, kW, 64>();
         if constexpr (kW < 128) {
           if (cols <= 128) return kernel<T, kW, 128>();

@@ -114,9 +114,13 @@ struct ResidentFwd<32, 64> : ResidentShape<32, 64, 64, 4, 2, 32, 3> {};
 template <>
 struct ResidentFwd<32, 128> : ResidentShape<32, 128, 128, 8, 2, 16> {};
 template <>
+struct ResidentFwd<64, 32> : ResidentShape<64, 64, 32, 4, 2, 32, 3> {};
+template <>
 struct ResidentFwd<64, 64> : ResidentShape<64, 64, 64, 4, 2, 64> {};
 template <>
 struct ResidentFwd<64, 128> : ResidentShape<64, 128, 128, 8, 2, 16> {};  // 128 KiB
+template <>
+struct ResidentFwd<128, 32> : ResidentShape<128, 64, 32, 4, 1, 32, 3> {};
 template <>
 struct ResidentFwd<128, 64> : ResidentShape<128, 64, 64, 4, 2> {};  // 104 KiB
 template <>
@@ -131,11 +135,15 @@ struct ResidentBwd<32, 128> : Shape<128, 64, 8, 1, 2> {};
 template <>
 struct ResidentBwd<32, 256> : Shape<256, 64, 8, 1, 2> {};  // 147 KiB
 template <>
+struct ResidentBwd<64, 32> : Shape<32, 32, 2, 1, 2> {};
+template <>
 struct ResidentBwd<64, 64> : Shape<64, 64, 4, 1, 2> {};
 template <>
 struct ResidentBwd<64, 128> : Shape<128, 64, 8, 1, 2> {};  // 135 KiB
 template <>
 struct ResidentBwd<64, 256> : Shape<256, 32, 8, 1, 2> {};  // 162 KiB
+template <>
+struct ResidentBwd<128, 32> : Shape<32, 32, 2, 1, 2> {};
 template <>
 struct ResidentBwd<128, 64> : Shape<64, 32, 4, 1, 2> {};  // 108 KiB
 template <>
