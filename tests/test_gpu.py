@@ -206,13 +206,14 @@ def test_scores_of_masked_keys_that_climb(op, backend, dtype):
 
 
 @on_cuda
-@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
 @pytest.mark.parametrize("short", [20, 50, 100, 200])
-def test_short_streams_of_every_kernel(short, D):
-    """Every tile of the compiled resident kernels; last warps have rows past the end, or none."""
-    options = dict(return_lse=True, scale=0.4, **masks(2, 140, short))
-    tensors = streams("bi_attention", 2, 1, 140, short, D, D, D - 8)
-    check("bi_attention", "cuda", tensors, options, torch.float16)
+@pytest.mark.parametrize("op", ["bi_attention", "co_attention"])
+def test_short_streams_of_every_kernel(op, short, D):
+    """Every tile of the compiled kernels; last warps have rows past the end, or none."""
+    options = dict(return_lse=True, dropout_p=0.2, scale=0.4, **masks(2, 140, short))
+    tensors = streams(op, 2, 1, 140, short, D, D, D - 8, bias=(0, 1, 1, 1))
+    check(op, "cuda", tensors, options, torch.float16)
 
 
 @pytest.mark.parametrize("sizes", [(150, 1), (1, 20)], ids=str)

@@ -92,20 +92,20 @@ __global__ void __launch_bounds__(kStatRows) delta_kernel(const __grid_constant_
   if (lane < kLanes && lane % 4 == 0) st.far[head * (st.padded / 16) + row / 16] = far;
 }
 
-template <bool kRow, bool kCol, typename T, int kWidth, bool kTall>
-__global__ void __launch_bounds__((OwnerBwd<sizeof(T), kWidth, kTall>::kThreads),
+template <bool kRow, bool kCol, typename T, int kWidth, int kHeight>
+__global__ void __launch_bounds__((OwnerBwd<sizeof(T), kWidth, kHeight>::kThreads),
                                   (kRow && !kCol && sizeof(T) == 2 && kWidth <= 64 ? 3 : 1))
     owner_bwd_kernel(const __grid_constant__ Attention all) {
   extern __shared__ __align__(1024) char smem[];
-  own_rows<kRow, kCol, false, T, kWidth, OwnerBwd<sizeof(T), kWidth, kTall>>(all, smem);
+  own_rows<kRow, kCol, false, T, kWidth, OwnerBwd<sizeof(T), kWidth, kHeight>>(all, smem);
 }
 
 // A block owns one tile of the bias's gradient and adds, in a fixed order, all of ds that falls on
 // it.
 template <bool kRow, bool kCol, typename T, int kWidth>
-__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, false>::kThreads, 1)
+__global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, 0>::kThreads, 1)
     dbias_kernel(const __grid_constant__ BiasGrad grad) {
-  using S = OwnerBwd<sizeof(T), kWidth, false>;
+  using S = OwnerBwd<sizeof(T), kWidth, 0>;
   using L = BwdLayout<kRow, kCol, T, kWidth, S>;
   constexpr int kNT = S::kNT, kPitch = S::kCols + 1;
   static_assert(S::kRows * kPitch * sizeof(float) <= L::kBytes);
@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, false>::kThreads, 
           __syncthreads();  // orders the writes of the tile before its reads
           float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
           uint64_t passes[1];
-          ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, b, h, own, other, lanes,
-                              L::stats(base, 0), stats, row0, m0 + row0, n0);
+          ds_tile<kRow, kCol, S::kCols>(ds, pf_row, pf_col, passes, all, p, b, h, own, other, lanes,
+                                        L::stats(base, 0), stats, row0, m0 + row0, n0);
 #pragma unroll
           for (int i = 0; i < kNT * 4; ++i) {
             if (m0 + row0 + lane / 4 + i % 4 / 2 * 8 < p.a.rows) {
@@ -204,7 +204,11 @@ Kernel by_softmax(Softmax which, const Make& make) {
 
 template <bool kRow, bool kCol, typename T, int kWidth, typename S>
 Kernel kernel(const void* function) {
-  return {function, S::kRows, S::kCols, S::kThreads, BwdLayout<kRow, kCol, T, kWidth, S>::kBytes};
+  using L = BwdLayout<kRow, kCol, T, kWidth, S>;
+  constexpr int kBytes = L::kExchange ? L::kBytesThrough : L::kBytes;
+  Kernel k{function, S::kRows, S::kCols, S::kThreads, kBytes};
+  k.spreads = L::kExchange;  // where the lower tile computes s twice
+  return k;
 }
 
 }  // namespace
@@ -216,15 +220,15 @@ Kernel delta(DType dtype) {
   });
 }
 
-Kernel owner_bwd(DType dtype, int width, Softmax which, bool tall) {
+Kernel owner_bwd(DType dtype, int width, Softmax which, int height) {
   return pick(dtype, width, [=](auto type, auto w) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
-    return by_softmax(which, [tall](auto row, auto col) {
+    return by_softmax(which, [height](auto row, auto col) {
       constexpr bool kRow = row, kCol = col;
-      return by_height<kHasTallBwd<sizeof(T), kW>>(tall, [](auto tall) {
-        return kernel<kRow, kCol, T, kW, OwnerBwd<sizeof(T), kW, tall>>(
-            reinterpret_cast<const void*>(&owner_bwd_kernel<kRow, kCol, T, kW, tall>));
+      return by_height<kTallerBwd<sizeof(T), kW>>(height, [](auto height) {
+        return kernel<kRow, kCol, T, kW, OwnerBwd<sizeof(T), kW, height>>(
+            reinterpret_cast<const void*>(&owner_bwd_kernel<kRow, kCol, T, kW, height>));
       });
     });
   });
@@ -235,7 +239,7 @@ Kernel dbias(DType dtype, int width, Softmax which) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
     return by_softmax(which, [](auto row, auto col) {
-      return kernel<row, col, T, kW, OwnerBwd<sizeof(T), kW, false>>(
+      return kernel<row, col, T, kW, OwnerBwd<sizeof(T), kW, 0>>(
           reinterpret_cast<const void*>(&dbias_kernel<row, col, T, kW>));
     });
   });

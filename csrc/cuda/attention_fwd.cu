@@ -47,11 +47,11 @@ __device__ inline void raise_row(Reference& ref, float& total, float (&o)[kDT][4
 }
 
 // A block owns kRows queries of one head and walks the keys; p stays in registers.
-template <typename T, int kWidth, bool kTall>
-__global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kTall>::kThreads),
-                                  (AttendFwd<sizeof(T), kWidth, kTall>::kBlocks))
+template <typename T, int kWidth, int kHeight>
+__global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThreads),
+                                  (AttendFwd<sizeof(T), kWidth, kHeight>::kBlocks))
     attend_fwd_kernel(const __grid_constant__ Attention all) {
-  using S = AttendFwd<sizeof(T), kWidth, kTall>;
+  using S = AttendFwd<sizeof(T), kWidth, kHeight>;
   constexpr int kMT = S::kMT, kNT = S::kNT, kDT = kWidth / 8 / S::kSplit;
   extern __shared__ __align__(1024) char smem[];
   const RowBlock<S::kRows> block(all);
@@ -185,13 +185,13 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kTall>::kThreads
 
 }  // namespace
 
-Kernel attend_fwd(DType dtype, int width, bool tall) {
-  return pick(dtype, width, [tall](auto type, auto w) {
+Kernel attend_fwd(DType dtype, int width, int height) {
+  return pick(dtype, width, [height](auto type, auto w) {
     using T = typename decltype(type)::Type;
     constexpr int kW = w;
-    return by_height<kHasTallFwd<sizeof(T), kW>>(tall, [](auto tall) {
-      using S = AttendFwd<sizeof(T), kW, tall>;
-      return Kernel{reinterpret_cast<const void*>(&attend_fwd_kernel<T, kW, tall>), S::kRows,
+    return by_height<kTallerFwd<sizeof(T), kW>>(height, [](auto height) {
+      using S = AttendFwd<sizeof(T), kW, height>;
+      return Kernel{reinterpret_cast<const void*>(&attend_fwd_kernel<T, kW, height>), S::kRows,
                     S::kCols, S::kThreads, smem_bytes<T, kW, S>()};
     });
   });

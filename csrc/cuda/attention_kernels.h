@@ -11,14 +11,15 @@ struct Kernel {
   const void* function = nullptr;
   int rows = 0, cols = 0;  // of a tile
   int threads = 0, smem = 0;
-  int blocks = 2;  // that a multiprocessor's registers suffice for
+  int blocks = 2;        // that a multiprocessor's registers suffice for
+  bool spreads = false;  // a tall tile, but for few blocks too: the lower one takes as long a block
 };
 
-// make(tall) with the flag as a constant, a Kernel without function where no tile is tall.
-template <bool kHasTall, typename Make>
-Kernel by_height(bool tall, const Make& make) {
-  if (!tall) return make(std::false_type());
-  if constexpr (kHasTall) return make(std::true_type());
+// make(height) with the height as a constant, a Kernel without function above kHighest.
+template <int kHighest, typename Make>
+Kernel by_height(int height, const Make& make) {
+  if (height == kHighest) return make(std::integral_constant<int, kHighest>());
+  if constexpr (kHighest > 0) return by_height<kHighest - 1>(height, make);
   return {};
 }
 
@@ -31,10 +32,11 @@ Kernel resident_fwd(DType dtype, int width, int64_t cols);
 Kernel merge(DType dtype);  // after resident_fwd, where a head has several chunks
 Kernel resident_bwd(DType dtype, int width, int64_t cols);
 Kernel sum_chunks(DType dtype);  // after resident_bwd, likewise
-// `tall`: with the larger of two tiles; a Kernel without function where there is but one.
-Kernel attend_fwd(DType dtype, int width, bool tall);
+// `height`: which of the tiles, up to kHighest; a Kernel without function where there is none.
+constexpr int kHighest = 2;
+Kernel attend_fwd(DType dtype, int width, int height);
 Kernel delta(DType dtype);
-Kernel owner_bwd(DType dtype, int width, Softmax which, bool tall);
+Kernel owner_bwd(DType dtype, int width, Softmax which, int height);
 Kernel dbias(DType dtype, int width, Softmax which);
 
 }  // namespace fmm::cuda

@@ -175,16 +175,21 @@ void share_walks(Attention& all, const Kernel& k, const at::Tensor& on) {
   if (all.pair[0].chunk < all.pair[1].chunk) std::swap(all.pair[0], all.pair[1]);
 }
 
-// The tall tile of pick(tall) if a stream has more rows than the other tile, its blocks occupy half
-// of the device before they share walks, and a multiprocessor runs eight of its warps at once.
+// The tallest tile of pick(height) whose blocks occupy half of the device before they share walks,
+// unless it spreads, and of which a multiprocessor runs eight warps at once; the lowest if no
+// stream has more rows.
 template <typename Pick>
 Kernel pick_rows(Attention& all, const at::Tensor& on, const Pick& pick) {
-  const Kernel low = pick(false), tall = pick(true);
-  if (tall.function == nullptr || tall.smem > max_shared(on)) return low;
-  const int threads = blocks_by_memory(tall, on) * tall.threads;
+  const Kernel low = pick(0);
   const int64_t rows = std::max(all.pair[0].a.rows, all.pair[1].a.rows);
-  const bool busy = 2 * row_programs(all, tall.rows) >= multiprocessors(on);
-  return threads >= 256 && rows > low.rows && busy ? tall : low;
+  for (int height = kHighest; height > 0 && rows > low.rows; --height) {
+    const Kernel tall = pick(height);
+    if (tall.function == nullptr || tall.smem > max_shared(on)) continue;
+    const int threads = blocks_by_memory(tall, on) * tall.threads;
+    const bool busy = 2 * row_programs(all, tall.rows) >= multiprocessors(on);
+    if (threads >= 256 && (busy || tall.spreads)) return tall;
+  }
+  return low;
 }
 
 // Launches `blocks` blocks on the rows of both pairs. Shares of results are width(pair) numbers a
@@ -206,7 +211,7 @@ void launch_rows(Attention& all, const Kernel& k, int64_t blocks, const at::Tens
   }
 }
 
-// The same with the better tile of pick(tall), and walks shared.
+// The same with the better tile of pick(height), and walks shared.
 template <typename Pick, typename Width, typename Join>
 void walk_rows(Attention all, const at::Tensor& on, const Pick& pick, const Width& width,
                const Join& join) {
@@ -216,7 +221,7 @@ void walk_rows(Attention all, const at::Tensor& on, const Pick& pick, const Widt
 }
 
 void launch_fwd(const Attention& all, const at::Tensor& on) {
-  const auto pick = [&](bool tall) { return attend_fwd(dtype_of(on), width_of(all), tall); };
+  const auto pick = [&](int height) { return attend_fwd(dtype_of(on), width_of(all), height); };
   const auto width = [](const Pair& p) { return p.a.width_o; };
   walk_rows(all, on, pick, width, merge_shares);
 }
@@ -296,7 +301,9 @@ void launch_owner(Attention all, Softmax which, const at::Tensor& on) {
   for (Pair& p : all.pair) {
     if (!p.a.dqk && !p.a.dv) p.a.rows = 0;  // no programs
   }
-  const auto pick = [&](bool tall) { return owner_bwd(dtype_of(on), width_of(all), which, tall); };
+  const auto pick = [&](int height) {
+    return owner_bwd(dtype_of(on), width_of(all), which, height);
+  };
   walk_rows(all, on, pick, bwd_width, sum_shares);
 }
 

@@ -48,12 +48,12 @@ std::vector<pybind11::dict> kernels() {
   for (const auto& [dtype, mangled] : dtypes) {
     for (const int width : {32, 64, 128, 256}) {
       const std::string tail = std::string(mangled) + "Li" + std::to_string(width) + "E";
-      for (const bool tall : {false, true}) {
-        const std::string height = tall ? "Lb1E" : "Lb0E";
-        add("attend_fwd_kernel", tail + height, fmm::cuda::attend_fwd(dtype, width, tall));
+      for (int height = 0; height <= fmm::cuda::kHighest; ++height) {
+        const std::string last = tail + "Li" + std::to_string(height) + "E";
+        add("attend_fwd_kernel", last, fmm::cuda::attend_fwd(dtype, width, height));
         for (const auto& [which, flags] : softmaxes) {
-          const Kernel k = fmm::cuda::owner_bwd(dtype, width, which, tall);
-          add("owner_bwd_kernel", flags + tail + height, k);
+          const Kernel k = fmm::cuda::owner_bwd(dtype, width, which, height);
+          add("owner_bwd_kernel", flags + last, k);
         }
       }
       for (const auto& [which, flags] : softmaxes) {

@@ -61,14 +61,14 @@ __device__ inline void load_stats(uint32_t to, const Stream& b, int head, int n0
 // s [16, 8 * kNT] of one warp into ds (before the clamp's gate) and pf_row, pf_col, which are the
 // probabilities after dropout. `cols`: b's statistics in shared memory.
 //   ds = p_row * (do_a @ v_b.T - delta_a) + p_col * (v_a @ do_b.T - delta_b)
-template <bool kRow, bool kCol, typename T, int kNT, int kWidth, bool kHeld>
+template <bool kRow, bool kCol, int kStatCols, typename T, int kNT, int kWidth, bool kHeld>
 __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4],
                                float (&pf_col)[1][kNT][4], uint64_t (&passes)[1],
                                const Attention& all, const Pair& p, int b, int h,
                                const Tiles<T, kWidth>& ta, const Tiles<T, kWidth>& tb,
                                const Lanes<Tile<T, kWidth>>& lanes, uint32_t cols,
                                const RowStats<kHeld>& a, int local0, int row0, int n0) {
-  constexpr int kStride = kNT * 8 * sizeof(float);
+  constexpr int kStride = kStatCols * sizeof(float);
   const int lane = threadIdx.x % 32;
   const int heads = static_cast<int>(all.B * all.H), head = b * static_cast<int>(all.H) + h;
   const float unit = unit_of(p);

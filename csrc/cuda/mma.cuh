@@ -292,11 +292,11 @@ __device__ inline void dot_regs(float (&c)[kMT][kDT][4], const float (&p)[kMT][k
   });
 }
 
-// The same for 16 rows whose p is already in fragments, columns [kCol, ...) of b.
+// The same for 16 rows whose p is already in fragments, columns [col + kCol, ...) of b.
 template <int kCol, typename T, int kSteps, int kDT, int kWidth>
 __device__ inline void dot_frags(float (&c)[kDT][4], const FragA<T> (&p)[kSteps], Tile<T, kWidth> b,
-                                 const Lanes<Tile<T, kWidth>>& lanes) {
-  const auto from = lanes.bt(b, 0);
+                                 int col, const Lanes<Tile<T, kWidth>>& lanes) {
+  const auto from = lanes.bt(b, col);
   unroll<kSteps * kDT / 2>([&](auto at) {
     constexpr int i = at / (kDT / 2), d = at % (kDT / 2);
     FragB<T> fb[2];

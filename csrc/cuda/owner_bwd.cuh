@@ -17,11 +17,14 @@ struct BwdLayout {
   static constexpr uint32_t kTileBytes = kEach * (kOwn + S::kStages * kWalked);
   static constexpr uint32_t kSources = kTileBytes + S::kStages * kStat;
   static constexpr uint32_t kBytes = kSources + 2 * sizeof(Sources<T>);
-  // Of a block that finishes b's rows, behind these: ds and pf_row of a tile.
+  // Warps that share rows compute s of a part of the columns each, and exchange what they find.
+  static constexpr bool kExchange = S::kSplit == 2 && S::kCols >= 32;
+  // What goes through shared memory, behind these: ds, and pf_col exchanged or pf_row to finish
+  // b's rows.
   using Through = Tile<T, S::kCols, true>;
   static constexpr uint32_t kThrough = (kBytes + 15) / 16 * 16;
   static constexpr uint32_t kEachThrough = S::kRows * Through::kRowBytes;
-  static constexpr uint32_t kBytesFinish = kThrough + 2 * kEachThrough;
+  static constexpr uint32_t kBytesThrough = kThrough + 2 * kEachThrough;
 
   static __device__ Tiles<T, kWidth> own(uint32_t base) {
     return {{base}, {base + kCol * kOwn}, {base + (kEach - 1) * kOwn}};
@@ -74,7 +77,8 @@ __device__ inline void finish_tile(const Pair& p, int head, int n0, int end,
 template <bool kRow, bool kCol, bool kFinish, typename T, int kWidth, typename S>
 __device__ inline void own_rows(const Attention& all, char* smem) {
   using L = BwdLayout<kRow, kCol, T, kWidth, S>;
-  constexpr int kNT = S::kNT, kMT = S::kMT, kDT = kWidth / 8 / S::kSplit;
+  constexpr int kParts = L::kExchange ? S::kSplit : 1;
+  constexpr int kNT = S::kNT / kParts, kMT = S::kMT, kDT = kWidth / 8 / S::kSplit;
   static_assert(!kFinish || S::kSplit == 1);
   const RowBlock<S::kRows> block(all);
   const Pair& p = all.pair[block.side];
@@ -82,6 +86,7 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
   const int m0 = kFinish ? 0 : block.m0;
   const int heads = static_cast<int>(all.B * all.H);
   const int col0 = warp % S::kSplit * 8 * kDT;
+  const int part0 = warp % kParts * 8 * kNT;  // the warp's columns of a tile
   // Opaque to the compiler, which would hold what it can compute before the loop.
   const auto hide = [](int x) { return kMT == 1 ? x : static_cast<int>(kept_register(x)); };
   // The warp's m-th 16 rows.
@@ -135,8 +140,9 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
       if (kFinish && row0 >= p.a.rows) return;
       float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
       uint64_t passes[1];
-      ds_tile<kRow, kCol>(ds, pf_row, pf_col, passes, all, p, hide(b), hide(h), own, other, lanes,
-                          L::stats(base, stage), stats(m), row0, m0 + row0, j * S::kCols);
+      ds_tile<kRow, kCol, S::kCols>(ds, pf_row, pf_col, passes, all, p, hide(b), hide(h), own,
+                                    other.from(part0), lanes, L::stats(base, stage) + part0 * 4,
+                                    stats(m), row0, m0 + row0, j * S::kCols + part0);
       if (!p.plain) {
 #pragma unroll
         for (int i = 0; i < kNT * 4; ++i) {
@@ -157,11 +163,24 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
         for (int i = 0; i < S::kCols / kStep<T>; ++i) from_acc(frag[i], &ds[0][2 * i]);
         put_frags(spot_of(ds_all, row0), frag);
         put_tile(spot_of(pf_all, row0), pf_row[0]);
-        dot_frags<0>(dqk[m][0], frag, other.qk, lanes);
+        dot_frags<0>(dqk[m][0], frag, other.qk, 0, lanes);
+        dot_regs(dv[m], pf_col, other.d_o, 0, lanes);
+      } else if constexpr (L::kExchange) {
+        put_tile(spot_of(ds_all, row0, part0), ds[0]);
+        if constexpr (kCol) put_tile(spot_of(pf_all, row0, part0), pf_col[0]);
+        sync_warps<S::kSplit>(warp / S::kSplit);  // orders these writes before their reads
+        const auto add = [&](float (&c)[kDT][4], typename L::Through from, Tile<T, kWidth> by) {
+          FragA<T> frag[S::kCols / kStep<T>];
+          const auto at = Lanes<typename L::Through>().a(from, row0);
+          unroll<S::kCols / kStep<T>>([&](auto i) { load_a<0, i * kStep<T>>(frag[i], at); });
+          dot_frags<0>(c, frag, by, col0, lanes);
+        };
+        add(dqk[m][0], ds_all, other.qk);
+        if constexpr (kCol) add(dv[m][0], pf_all, other.d_o);
       } else {
         dot_regs(dqk[m], ds, other.qk, col0, lanes);
+        if constexpr (kCol) dot_regs(dv[m], pf_col, other.d_o, col0, lanes);
       }
-      if constexpr (kCol) dot_regs(dv[m], pf_col, other.d_o, col0, lanes);
     });
     if constexpr (kFinish) {
       __syncthreads();  // orders the writes of ds and pf_row, and b's tile's last reads

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(128) sum_kernel(const __grid_constant__ Reside
 template <typename T, int kWidth, int kRows>
 Kernel kernel() {
   using S = ResidentBwd<kWidth, kRows>;
-  constexpr int kBytes = BwdLayout<true, true, T, kWidth, S>::kBytesFinish;
+  constexpr int kBytes = BwdLayout<true, true, T, kWidth, S>::kBytesThrough;
   return {reinterpret_cast<const void*>(&resident_bwd_kernel<T, kWidth, kRows>),
           S::kCols,
           kRows,

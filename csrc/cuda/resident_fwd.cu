@@ -281,7 +281,7 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
           constexpr int kCol = chunk * S::kChunk;
           float o[1][S::kChunk / 8][4];
           clear(o);
-          dot_frags<kCol>(o[0], frag, v_b, lanes);
+          dot_frags<kCol>(o[0], frag, v_b, 0, lanes);
 #pragma unroll
           for (int i = 0; i < S::kChunk / 2; ++i) o[0][i / 4][i % 4] *= inverse[i % 4 / 2];
           store.template operator()<kCol>(to, all_there, left, width_a, width_a, o[0]);

@@ -28,6 +28,12 @@ struct RowBlock {
 template <typename T, int kWidth>
 struct Tiles {
   Tile<T, kWidth> qk, v, d_o;
+
+  // From row `row` on, a multiple of eight.
+  __device__ Tiles from(int row) const {
+    const uint32_t by = row * Tile<T, kWidth>::kRowBytes;
+    return {{qk.base + by}, {v.base + by}, {d_o.base + by}};
+  }
 };
 
 // Where a stream's rows come from: qk, v if its tokens are keys, d_o if they are queries in a

@@ -5,11 +5,11 @@
 
 namespace fmm::cuda {
 
-// Where a lane's accumulators lie in rows [row, row + 16) of a padded tile.
+// Where a lane's accumulators lie in rows [row, row + 16) and columns from `col` of a padded tile.
 template <typename Of>
-__device__ inline Spot<Of> spot_of(Of tile, int row) {
+__device__ inline Spot<Of> spot_of(Of tile, int row, int col = 0) {
   const int lane = threadIdx.x % 32;
-  return {tile.address(row + lane / 4, lane % 4 * 2)};
+  return {tile.address(row + lane / 4, col + lane % 4 * 2)};
 }
 
 template <typename T, int kDT, int kWidth>

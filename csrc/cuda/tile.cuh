@@ -134,6 +134,12 @@ struct Spot {
       kRow * Of::kRowBytes + (Of::kPadded_ ? kCol * Of::kSize : kCol * Of::kSize & ~127);
 };
 
+// A barrier of kWarps neighbouring warps, one of which is `group` * kWarps.
+template <int kWarps>
+__device__ inline void sync_warps(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(32 * kWarps) : "memory");
+}
+
 // Copies `bytes` of 16 and fills the rest with zeros; with 0 bytes `from` is not read, and may lie
 // past the tensor.
 template <int kFar = 0>

@@ -45,55 +45,57 @@ struct PairBwd<256> : Shape<64, 32, 4, 1, 2> {};
 // Tall tiles are for more rows than the others have, and devices that run eight of their warps at
 // once.
 template <int kBytes, int kWidth>
-constexpr bool kHasTallFwd = kBytes == 2 && kWidth >= 64;
+constexpr int kTallerFwd = kBytes == 2 && kWidth >= 64 ? 1 : 0;  // how many there are
 template <int kBytes, int kWidth>
-constexpr bool kHasTallBwd = kBytes == 2 && kWidth == 256;
+constexpr int kTallerBwd = kBytes == 2 && kWidth == 256 ? 2 : 0;
 
-template <int kBytes, int kWidth, bool kTall>
+template <int kBytes, int kWidth, int kHeight>
 struct AttendFwd;  // one direction: q resident, k and v walked
 template <>
-struct AttendFwd<2, 32, false> : Shape<64, 64, 4, 1, 2> {};
+struct AttendFwd<2, 32, 0> : Shape<64, 64, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 64, false> : Shape<64, 64, 4, 1, 2, 3> {};
+struct AttendFwd<2, 64, 0> : Shape<64, 64, 4, 1, 2, 3> {};
 template <>
-struct AttendFwd<2, 128, false> : Shape<64, 64, 4, 1, 2> {};
+struct AttendFwd<2, 128, 0> : Shape<64, 64, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 256, false> : Shape<64, 32, 4, 1, 2> {};
+struct AttendFwd<2, 256, 0> : Shape<64, 32, 4, 1, 2> {};
 template <>
-struct AttendFwd<4, 32, false> : Shape<64, 32, 4, 1, 2> {};
+struct AttendFwd<4, 32, 0> : Shape<64, 32, 4, 1, 2> {};
 template <>
-struct AttendFwd<4, 64, false> : Shape<64, 32, 4, 1, 2> {};
+struct AttendFwd<4, 64, 0> : Shape<64, 32, 4, 1, 2> {};
 template <>
-struct AttendFwd<4, 128, false> : Shape<64, 16, 4, 1, 2> {};
+struct AttendFwd<4, 128, 0> : Shape<64, 16, 4, 1, 2> {};
 template <>
-struct AttendFwd<4, 256, false> : Shape<32, 16, 4, 2, 2> {};
+struct AttendFwd<4, 256, 0> : Shape<32, 16, 4, 2, 2> {};
 template <>
-struct AttendFwd<2, 64, true> : Shape<128, 64, 4, 1, 2> {};
+struct AttendFwd<2, 64, 1> : Shape<128, 64, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 128, true> : Shape<128, 32, 4, 1, 2> {};
+struct AttendFwd<2, 128, 1> : Shape<128, 32, 4, 1, 2> {};
 template <>
-struct AttendFwd<2, 256, true> : Shape<64, 64, 4, 1, 1> {};
+struct AttendFwd<2, 256, 1> : Shape<64, 64, 4, 1, 1> {};
 
-template <int kBytes, int kWidth, bool kTall>
+template <int kBytes, int kWidth, int kHeight>
 struct OwnerBwd;  // a block owns rows of one stream, up to three tiles of the other are walked
 template <>
-struct OwnerBwd<2, 32, false> : Shape<64, 64, 4, 1, 2> {};
+struct OwnerBwd<2, 32, 0> : Shape<64, 64, 4, 1, 2> {};
 template <>
-struct OwnerBwd<2, 64, false> : Shape<64, 64, 4, 1, 2> {};
+struct OwnerBwd<2, 64, 0> : Shape<64, 64, 4, 1, 2> {};
 template <>
-struct OwnerBwd<2, 128, false> : Shape<64, 32, 4, 1, 2> {};
+struct OwnerBwd<2, 128, 0> : Shape<64, 32, 4, 1, 2> {};
 template <>
-struct OwnerBwd<2, 256, false> : Shape<32, 16, 4, 2, 2> {};
+struct OwnerBwd<2, 256, 0> : Shape<32, 16, 4, 2, 2> {};
 template <>
-struct OwnerBwd<4, 32, false> : Shape<64, 32, 4, 1, 2> {};
+struct OwnerBwd<4, 32, 0> : Shape<64, 32, 4, 1, 2> {};
 template <>
-struct OwnerBwd<4, 64, false> : Shape<64, 16, 4, 1, 2> {};
+struct OwnerBwd<4, 64, 0> : Shape<64, 16, 4, 1, 2> {};
 template <>
-struct OwnerBwd<4, 128, false> : Shape<32, 16, 4, 2, 2> {};
+struct OwnerBwd<4, 128, 0> : Shape<32, 16, 4, 2, 2> {};
 template <>
-struct OwnerBwd<4, 256, false> : Shape<16, 16, 4, 4, 1> {};
+struct OwnerBwd<4, 256, 0> : Shape<16, 16, 4, 4, 1> {};
 template <>
-struct OwnerBwd<2, 256, true> : Shape<64, 32, 8, 2, 2> {};  // 194 KiB
+struct OwnerBwd<2, 256, 1> : Shape<64, 32, 8, 2, 1> {};  // 156 KiB
+template <>
+struct OwnerBwd<2, 256, 2> : Shape<64, 32, 8, 2, 2> {};  // 204 KiB
 
 // The short stream of up to kCols_ tokens stays resident, the long one passes in tiles of kRows.
 // Its results, [kCols, width], are spread over the warps: kGroups of 16 * kMC rows, and columns.
