@@ -148,7 +148,6 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
 #pragma unroll
   for (int i = 0; i < 2 * kNT; ++i) total[i] = 0.0f;
   bool stale = true;
-  const bool maxima = kGain || other.rows == 1;  // p of one key is 1, without a rounding
   const bool plain = keep_b.data == nullptr && !all.dropout.on;
   __syncthreads();  // orders the writes of `walked` before their reads
 
@@ -169,7 +168,8 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
       keep[0] = row < a.rows && keys.at(row), keep[1] = row + 8 < a.rows && keys.at(row + 8);
     }
     float s[1][kNT][4], u[2], part[kNT][2];
-    Pass pass = maxima || stale ? Pass::kMaxima : Pass::kTop;
+    // Also where there is one key, whose p is 1 then, without a rounding.
+    Pass pass = kGain || stale || other.rows == 1 ? Pass::kMaxima : Pass::kTop;
     while (true) {
       uint64_t passes[1];
       clear(s);
@@ -190,9 +190,14 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float most = -kInf;
+          if (kept.all) {
 #pragma unroll
-          for (int i = 0; i < 2 * kNT; ++i) {
-            most = fmaxf(most, kept.has(i / 2, i) ? s[0][i / 2][2 * r + i % 2] : -kInf);
+            for (int i = 0; i < 2 * kNT; ++i) most = fmaxf(most, s[0][i / 2][2 * r + i % 2]);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 2 * kNT; ++i) {
+              most = fmaxf(most, kept.has(i / 2, i) ? s[0][i / 2][2 * r + i % 2] : -kInf);
+            }
           }
           u[r] = finite_or(quad_max(most) * unit, 0.0f);
         }
