@@ -74,6 +74,8 @@ __device__ inline void finish_tile(const Pair& p, int head, int n0, int end,
   write(p.b.dv, p.b.width_v, pf_row, own.d_o, [](auto&) {});
 }
 
+// Gradients of the block's rows of a, by the softmax over a's rows (kRow), over b's (kCol) or both.
+// kFinish: they are all of a's rows, and b's gradients are written too.
 template <bool kRow, bool kCol, bool kFinish, typename T, int kWidth, typename S>
 __device__ inline void own_rows(const Attention& all, char* smem) {
   using L = BwdLayout<kRow, kCol, T, kWidth, S>;
