@@ -119,21 +119,24 @@ Where a target is missed:
   take the instructions that the walk saves. Not tried: atomics, which should save only the reading
   and have no fixed order. Tried and kept: 256 tokens a program; lse and its correction read only
   where one exp will not do.
-- *tensor_flops* and *global_bytes* backward at width 256: the gradients of 64 tokens would fill
-  the registers of 4 warps, and on 32 tokens 8 warps compute s and dp twice. Tried: 64 x 16 with 4
-  warps, which spills throughout the loop; with 8, which computes more of it twice; 32 x 16 with
-  4, which spills and does so too.
+- *tensor_flops* and *global_bytes* of `triton` backward at width 256: the gradients of 64 tokens
+  would fill the registers of 4 warps, and on 32 tokens 8 warps compute s and dp twice. Tried: 64 x
+  16 with 4 warps, which spills throughout the loop; with 8, which computes more of it twice; 32 x
+  16 with 4, which spills and does so too. In `cuda` two warps that have half of the width each
+  compute s and dp of half of the columns, and exchange ds through shared memory.
 - *global_bytes* of `cuda`: predicted were the walked streams, read by too many small blocks. Found,
   by launch and buffer: results stored word by word, each store counting its sector, because the
   compiler splits 16-byte stores where another branch stores parts of them; so it does with loads.
   Kept: accesses that it cannot split; fp32 shares two numbers a store; as few chunks a head as
   Triton. Dropped: blocks of 8 warps on twice as many tokens, which read half as many bytes but take
-  longer on an H100, where one of them is all that a multiprocessor holds (docs/gpu.md). Shares of
-  the walk of few rows, written and read once more, are most of what image-2048-text-128 moves
-  backward. Not done: the resident backward of 128 tokens, whose scores are more than the registers
-  of a warp of 16 rows: rows and columns would have to be split over warps, and the row results with
-  them.
-- *of triton's* is met in every row. Predicted were addresses and predicates (add, xor, setp,
+  longer on an H100, where one of them is all that a multiprocessor holds (docs/gpu.md). Kept later:
+  in the backward the warps own the resident tokens, not the passing ones, so that 128 and 256 of
+  them fit; their shares of the six chunks a head are what image-2048-text-128 moves beyond the
+  target.
+- *of triton's* is missed by lxmert-36x20, whose text of 20 tokens gets tiles of 32: `cuda` executes
+  a tenth fewer mma than `triton` forward, and a tenth more instructions, most of them a block's
+  start and end (36 of 64 rows are there, and one warp of four has none); backward a fifth fewer.
+  All other rows meet it. Predicted were addresses and predicates (add, xor, setp,
   selp), and they were most of it. Kept: offsets as immediates of ldmatrix, ld, st and cp.async,
   with one xor for each 32 bytes of a swizzled row; rows padded by 16 bytes where p is written; a
   lane's places in tiles, copies and stores computed once and held; copies of four rows at once,
@@ -142,7 +145,8 @@ Where a target is missed:
   -delta in place of zero; statistics of a backward by 32 rows a warp, summed by a transposing
   butterfly, and read by one pointer; masks anew in each tile instead of held; no copies of
   accumulators around an mma; lg2 for the logarithm of a row sum; shares of chunks summed four
-  numbers a lane; gates and selects only where something is masked or clamped. Forward of long
+  numbers a lane; gates and selects only where something is masked or clamped; backward, one exp and
+  two factors for both probabilities of an entry, in place of four. Forward of long
   streams: a row's reference is the maximum of its first tile and stays until the sum of a tile's
   p exceeds 2^11, when the tile is computed again, so that no other tile takes a maximum. Resident
   forward: ragged tiles copied without a loop, columns past the end masked once, as -inf; maxima
