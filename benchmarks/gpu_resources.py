@@ -155,7 +155,7 @@ def spilling(archs: list[str]) -> str:
         "more shared memory than a block may have there, where the launcher takes another kernel.",
         "Of those that fit, blocks: the fewest that one multiprocessor takes; spilling: how many",
         "instances of a kernel, and of the worst of them bytes of stack and loads + stores of",
-        "local memory. Tiles of attention in 16-bit types were chosen on an H100.",
+        "local memory. Where tiles were chosen, csrc/cuda/tuning.h says.",
         "",
         "| architecture | kernels | too large | registers, at most | blocks | spilling |",
         "|---|---|---|---|---|---|",

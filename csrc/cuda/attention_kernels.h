@@ -15,11 +15,11 @@ struct Kernel {
   bool spreads = false;  // a tall tile, but for few blocks too: the lower one takes as long a block
 };
 
-// make(height) with the height as a constant, a Kernel without function above kHighest.
-template <int kHighest, typename Make>
+// make(height) with the height as a constant, a Kernel without function above kMost.
+template <int kMost, typename Make>
 Kernel by_height(int height, const Make& make) {
-  if (height == kHighest) return make(std::integral_constant<int, kHighest>());
-  if constexpr (kHighest > 0) return by_height<kHighest - 1>(height, make);
+  if (height == kMost) return make(std::integral_constant<int, kMost>());
+  if constexpr (kMost > 0) return by_height<kMost - 1>(height, make);
   return {};
 }
 

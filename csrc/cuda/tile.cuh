@@ -134,7 +134,7 @@ struct Spot {
       kRow * Of::kRowBytes + (Of::kPadded_ ? kCol * Of::kSize : kCol * Of::kSize & ~127);
 };
 
-// A barrier of kWarps neighbouring warps, one of which is `group` * kWarps.
+// A barrier of the block's warps from `group` * kWarps on, kWarps of them.
 template <int kWarps>
 __device__ inline void sync_warps(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(32 * kWarps) : "memory");

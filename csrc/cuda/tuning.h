@@ -1,6 +1,6 @@
 // Tiles by element size and padded width: the only place where tile literals live. All fit 99 KiB
 // of shared memory (sm_86, sm_89, sm_120) unless said. Those of attention in 16-bit types were
-// chosen on an H100, the others on no hardware.
+// chosen on an H100 unless said, the others on no hardware.
 #pragma once
 
 namespace fmm::cuda {
@@ -93,7 +93,7 @@ struct OwnerBwd<4, 128, 0> : Shape<32, 16, 4, 2, 2> {};
 template <>
 struct OwnerBwd<4, 256, 0> : Shape<16, 16, 4, 4, 1> {};
 template <>
-struct OwnerBwd<2, 256, 1> : Shape<64, 32, 8, 2, 1> {};  // 156 KiB
+struct OwnerBwd<2, 256, 1> : Shape<64, 32, 8, 2, 1> {};  // 155 KiB, by counts
 template <>
 struct OwnerBwd<2, 256, 2> : Shape<64, 32, 8, 2, 2> {};  // 204 KiB
 
@@ -116,20 +116,20 @@ struct ResidentFwd<32, 64> : ResidentShape<32, 64, 64, 4, 2, 32, 3> {};
 template <>
 struct ResidentFwd<32, 128> : ResidentShape<32, 128, 128, 8, 2, 16> {};
 template <>
-struct ResidentFwd<64, 32> : ResidentShape<64, 64, 32, 4, 2, 32, 3> {};
+struct ResidentFwd<64, 32> : ResidentShape<64, 64, 32, 4, 2, 32, 3> {};  // by counts
 template <>
 struct ResidentFwd<64, 64> : ResidentShape<64, 64, 64, 4, 2, 64> {};
 template <>
-struct ResidentFwd<64, 128> : ResidentShape<64, 128, 128, 8, 2, 16> {};  // 128 KiB
+struct ResidentFwd<64, 128> : ResidentShape<64, 128, 128, 8, 2, 16> {};  // 137 KiB
 template <>
-struct ResidentFwd<128, 32> : ResidentShape<128, 64, 32, 4, 1, 32, 3> {};
+struct ResidentFwd<128, 32> : ResidentShape<128, 64, 32, 4, 1, 32, 3> {};  // by counts
 template <>
-struct ResidentFwd<128, 64> : ResidentShape<128, 64, 64, 4, 2> {};  // 104 KiB
+struct ResidentFwd<128, 64> : ResidentShape<128, 64, 64, 4, 2> {};  // 107 KiB
 template <>
-struct ResidentFwd<256, 32> : ResidentShape<256, 64, 32, 4, 1> {};  // 100 KiB
+struct ResidentFwd<256, 32> : ResidentShape<256, 64, 32, 4, 1> {};  // 102 KiB
 
 template <int kWidth, int kRows>
-struct ResidentBwd;  // 16-bit types; a block owns a short stream of up to kRows tokens
+struct ResidentBwd;  // 16-bit types; a block owns a short stream of up to kRows tokens; by counts
 template <>
 struct ResidentBwd<32, 64> : Shape<64, 64, 4, 1, 2> {};
 template <>
