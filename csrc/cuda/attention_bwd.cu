@@ -150,9 +150,10 @@ __global__ void __launch_bounds__(OwnerBwd<sizeof(T), kWidth, 0>::kThreads, 1)
           asm volatile("cp.async.wait_all;" ::: "memory");
           __syncthreads();  // orders the writes of the tile before its reads
           float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
-          uint64_t passes[1];
-          ds_tile<kRow, kCol, S::kCols>(ds, pf_row, pf_col, passes, all, p, b, h, own, other, lanes,
-                                        L::stats(base, 0), stats, row0, m0 + row0, n0);
+          uint64_t passes;
+          ds_tile<kRow, kCol, S::kCols, Dots<false>>(ds, pf_row, pf_col, passes, all, p, b, h, own,
+                                                     other, lanes, L::stats(base, 0), stats, row0,
+                                                     m0 + row0, n0);
 #pragma unroll
           for (int i = 0; i < kNT * 4; ++i) {
             if (m0 + row0 + lane / 4 + i % 4 / 2 * 8 < p.a.rows) {

@@ -5,6 +5,7 @@
 #include "softmax.cuh"
 #include "sources.cuh"
 #include "tuning.h"
+#include "wgmma.cuh"
 
 namespace fmm::cuda {
 namespace {
@@ -58,7 +59,9 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
   const Pair& p = all.pair[block.side];
   const int b = block.b, h = block.h, m0 = block.m0;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row0 = warp / S::kSplit * 16 * kMT, col0 = warp % S::kSplit * 8 * kDT;
+  constexpr int kApart = 16 * S::kStrips;  // the warp's strips of rows
+  using By = Dots<kInFours<T, S::kStrips>>;
+  const int row0 = S::strip_of(warp) * 16, col0 = S::part_of(warp) * 8 * kDT;
 
   constexpr uint32_t kTileBytes = S::kCols * kWidth * sizeof(T);
   const Tile<T, kWidth> q{shared_address(smem)};
@@ -76,9 +79,10 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
 #pragma unroll
   for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] = 0.0f;
 
-  load_tile<S::kRows, S::kThreads>(q, Matrix<T>(p.a.qk, b, h, p.a.rows, p.width), m0);
-  __syncthreads();  // orders the write of `walked` before its reads
   const Copier<S::kThreads, Tile<T, kWidth>> copier(S::kBlocks == 1);
+  const Matrix<T> queries(p.a.qk, b, h, p.a.rows, p.width);
+  load_tile<S::kRows>(q, queries, m0, queries.plain(kWidth), copier);
+  __syncthreads();  // orders the write of `walked` before its reads
   const auto tiles = [&](int stage) -> Tiles<T, kWidth> {
     const uint32_t k = stages + 2 * stage * kTileBytes, v = k + kTileBytes;
     return {{k}, {v}, {v}};
@@ -86,18 +90,23 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
   const auto load = [&](int j, int stage) {
     load_tiles<S::kCols, true, false>(tiles(stage), walked, j * S::kCols, copier);
   };
-  const int end = static_cast<int>(ceil_div(block.end, S::kCols));
-  walk<S::kStages>(block.from / S::kCols, end, load, [&](int j, int stage) {
+  const int first = block.first_tile(S::kCols), end = block.end_tile(S::kCols);
+  walk<S::kStages, By::kTogether>(first, end, load, [&](int j, int stage) {
     const Tiles<T, kWidth> t = tiles(stage);
     const int n0 = j * S::kCols;
     const ColumnBits<kNT> kept(keep, n0, p.b.rows);
     float s[kMT][kNT][4], part[kMT][2];
-    bool again;
+    bool again = false;
     do {
-      uint64_t passes[kMT];
       clear(s);
-      dot_scores(s, q, row0, t.qk, lanes);
-      s_tile(s, p, b, h, m0 + row0, n0, passes);
+      if (!By::kTogether || again) {  // this warp alone
+        dot_scores<kApart>(s, q, row0, t.qk, lanes);
+      } else {
+        By::template start_scores<kApart>(s, q, row0, t.qk, lanes);
+        By::template wait<0>(s);
+      }
+#pragma unroll
+      for (int m = 0; m < kMT; ++m) s_tile(s[m], p, b, h, m0 + row0 + kApart * m, n0);
       if (!kept.all) {
 #pragma unroll
         for (int m = 0; m < kMT; ++m) {
@@ -136,12 +145,14 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
 #pragma unroll
     for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] += part[i / 2][i % 2];
     if (all.dropout.on) {
-      uint64_t on[kMT];
-      drop_bits<kMT, kNT>(on, all.dropout, p.drop_a, p.flip, block.head, m0 + row0, n0);
 #pragma unroll
-      for (int m = 0; m < kMT; ++m) drop_tile(s[m], on[m], all.dropout.factor);
+      for (int m = 0; m < kMT; ++m) {
+        const uint64_t on =
+            drop_bits<kNT>(all.dropout, p.drop_a, p.flip, block.head, m0 + row0 + kApart * m, n0);
+        drop_tile(s[m], on, all.dropout.factor);
+      }
     }
-    dot_regs(o, s, t.v, col0, lanes);
+    By::regs(o, s, t.v, col0, lanes);
   });
 
   __syncthreads();  // orders the last reads of q before the results that take its place
@@ -154,7 +165,7 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
   const int64_t part = (out.head * p.chunks + out.share) * p.a.rows;
 #pragma unroll
   for (int m = 0; m < kMT; ++m) {
-    const int first = out.m0 + row0 + 16 * m;
+    const int first = out.m0 + row0 + kApart * m;
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

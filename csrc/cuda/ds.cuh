@@ -4,6 +4,7 @@
 
 #include "softmax.cuh"
 #include "sources.cuh"
+#include "wgmma.cuh"
 
 namespace fmm::cuda {
 
@@ -60,22 +61,49 @@ __device__ inline void load_stats(uint32_t to, const Stream& b, int head, int n0
 
 // s [16, 8 * kNT] of one warp into ds (before the clamp's gate) and pf_row, pf_col, which are the
 // probabilities after dropout. `cols`: b's statistics in shared memory.
+// By: how the warps multiply.
 //   ds = p_row * (do_a @ v_b.T - delta_a) + p_col * (v_a @ do_b.T - delta_b)
-template <bool kRow, bool kCol, int kStatCols, typename T, int kNT, int kWidth, bool kHeld>
+template <bool kRow, bool kCol, int kStatCols, typename By, typename T, int kNT, int kWidth,
+          bool kHeld>
 __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4],
-                               float (&pf_col)[1][kNT][4], uint64_t (&passes)[1],
-                               const Attention& all, const Pair& p, int b, int h,
-                               const Tiles<T, kWidth>& ta, const Tiles<T, kWidth>& tb,
-                               const Lanes<Tile<T, kWidth>>& lanes, uint32_t cols,
-                               const RowStats<kHeld>& a, int local0, int row0, int n0) {
+                               float (&pf_col)[1][kNT][4], uint64_t& passes, const Attention& all,
+                               const Pair& p, int b, int h, const Tiles<T, kWidth>& ta,
+                               const Tiles<T, kWidth>& tb, const Lanes<Tile<T, kWidth>>& lanes,
+                               uint32_t cols, const RowStats<kHeld>& a, int local0, int row0,
+                               int n0) {
   constexpr int kStride = kStatCols * sizeof(float);
   const int lane = threadIdx.x % 32;
   const int heads = static_cast<int>(all.B * all.H), head = b * static_cast<int>(all.H) + h;
   const float unit = unit_of(p);
   cols += lane % 4 * 8;
+  // The products with v: of gradients of row results, of column results.
+  float dp[1][kNT][4], delta_a[2];
+  // They start from -delta, unless dropout comes between.
+  const float sign = all.dropout.on ? 0.0f : -1.0f;
+  const auto seed = [&](auto row) {
+    if constexpr (row) {
+      a.delta(delta_a, p.a, head, row0, heads);
+#pragma unroll
+      for (int i = 0; i < kNT * 4; ++i) dp[0][i / 4][i % 4] = sign * delta_a[i % 4 / 2];
+    } else {
+      unroll<kNT>([&](auto n) {
+        const float2 delta = load_shared2<kDelta * kStride + n * 32>(cols);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dp[0][n][i] = sign * (i % 2 ? delta.y : delta.x);
+      });
+    }
+  };
+  const auto start = [&](auto row) {
+    By::start(dp, row ? ta.d_o : ta.v, local0, row ? tb.v : tb.d_o, lanes);
+  };
+  // Where warps multiply together the first of them goes on while probabilities are computed.
+  constexpr std::bool_constant<kRow> first;
+  if constexpr (By::kTogether) seed(first), pin(dp);
   clear(ds);
-  dot_scores(ds, ta.qk, local0, tb.qk, lanes);
-  s_tile(ds, p, b, h, row0, n0, passes);
+  By::start_scores(ds, ta.qk, local0, tb.qk, lanes);
+  if constexpr (By::kTogether) start(first);
+  By::template wait<1>(ds);
+  passes = s_tile(ds[0], p, b, h, row0, n0);
   if constexpr (kRow) {
 #pragma unroll
     for (int i = 0; i < kNT * 4; ++i) {
@@ -112,23 +140,17 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
     });
   }
 
-  uint64_t on[1];
-  float dp[1][kNT][4];
-  // Products with v start from -delta, unless dropout comes between.
-  const float sign = all.dropout.on ? 0.0f : -1.0f;
+  uint64_t on;
   clear(ds);
   if constexpr (kRow) {
     const ColumnBits<kNT> kept(Keep(p.b.keep, b), n0, p.b.rows);
-    float delta[2];
-    a.delta(delta, p.a, head, row0, heads);
-#pragma unroll
-    for (int i = 0; i < kNT * 4; ++i) dp[0][i / 4][i % 4] = sign * delta[i % 4 / 2];
-    dot_tile(dp, ta.d_o, local0, tb.v, lanes);
+    if constexpr (!By::kTogether) seed(std::true_type()), start(std::true_type());
+    By::template wait<0>(dp);
     if (all.dropout.on) {
-      drop_bits<1, kNT>(on, all.dropout, p.drop_a, p.flip, head, row0, n0);
-      drop_tile(dp[0], on[0], all.dropout.factor);
+      on = drop_bits<kNT>(all.dropout, p.drop_a, p.flip, head, row0, n0);
+      drop_tile(dp[0], on, all.dropout.factor);
 #pragma unroll
-      for (int i = 0; i < kNT * 4; ++i) dp[0][i / 4][i % 4] -= delta[i % 4 / 2];
+      for (int i = 0; i < kNT * 4; ++i) dp[0][i / 4][i % 4] -= delta_a[i % 4 / 2];
     }
 #pragma unroll
     for (int i = 0; i < kNT * 4; ++i) {
@@ -140,20 +162,15 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
         if (!kept.has(i / 4, i % 4)) ds[0][i / 4][i % 4] = pf_row[0][i / 4][i % 4] = 0.0f;
       }
     }
-    if (all.dropout.on) drop_tile(pf_row[0], on[0], all.dropout.factor);
+    if (all.dropout.on) drop_tile(pf_row[0], on, all.dropout.factor);
   }
   if constexpr (kCol) {
     const ColumnBits<kNT> inside(Keep(), n0, p.b.rows);
-    // The same with the columns' delta.
-    unroll<kNT>([&](auto n) {
-      const float2 delta = load_shared2<kDelta * kStride + n * 32>(cols);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) dp[0][n][i] = sign * (i % 2 ? delta.y : delta.x);
-    });
-    dot_tile(dp, ta.v, local0, tb.d_o, lanes);
+    if constexpr (kRow || !By::kTogether) seed(std::false_type()), start(std::false_type());
+    By::template wait<0>(dp);
     if (all.dropout.on) {
-      drop_bits<1, kNT>(on, all.dropout, p.drop_b, p.flip, head, row0, n0);
-      drop_tile(dp[0], on[0], all.dropout.factor);
+      on = drop_bits<kNT>(all.dropout, p.drop_b, p.flip, head, row0, n0);
+      drop_tile(dp[0], on, all.dropout.factor);
       unroll<kNT>([&](auto n) {
         const float2 delta = load_shared2<kDelta * kStride + n * 32>(cols);
 #pragma unroll
@@ -172,7 +189,7 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
     for (int i = 0; i < kNT * 4; ++i) {
       ds[0][i / 4][i % 4] += pf_col[0][i / 4][i % 4] * dp[0][i / 4][i % 4];
     }
-    if (all.dropout.on) drop_tile(pf_col[0], on[0], all.dropout.factor);
+    if (all.dropout.on) drop_tile(pf_col[0], on, all.dropout.factor);
   }
 }
 

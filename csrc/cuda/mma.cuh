@@ -125,10 +125,12 @@ struct Lanes {
   __device__ Spot<Of> b(Of tile) const { return {tile.base + by_b}; }
   __device__ Spot<Of> bt(Of tile, int col) const {
     const uint32_t by = Of::kSize == 2 ? by_a : by_word, bytes = col * Of::kSize;
-    return {tile.base + (Of::kPadded_ ? by + bytes : (by ^ (bytes & 127)) + (bytes & ~127u))};
+    return {tile.base + (Of::kPadded_ ? by + bytes : (by ^ (bytes & 127)) + Of::across(bytes))};
   }
   __device__ Spot<Of> at(Of tile, int col) const {
-    return {tile.base + col * Of::kSize + (Of::kSize == 2 ? by_b : by_word)};
+    const uint32_t bytes = col * Of::kSize;
+    return {tile.base + (Of::kPadded_ ? bytes : Of::across(bytes)) +
+            (Of::kSize == 2 ? by_b : by_word)};
   }
 };
 
@@ -214,8 +216,9 @@ __device__ inline void clear(float (&c)[kMT][kNT][4]) {
   for (int i = 0; i < kMT * kNT * 4; ++i) c[i / (kNT * 4)][i / 4 % kNT][i % 4] = 0.0f;
 }
 
-// c[m, n] += sum_d a[row + m, d] * b[n, d]: a warp's 16 * kMT rows against the 8 * kNT rows of b.
-template <typename T, int kMT, int kNT, int kWidth>
+// c[m, n] += sum_d a[row + m, d] * b[n, d]: kMT times 16 rows of a, kApart from one to the next,
+// against the 8 * kNT rows of b.
+template <int kApart = 16, typename T, int kMT, int kNT, int kWidth>
 __device__ inline void dot_tile(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int row,
                                 Tile<T, kWidth> b, const Lanes<Tile<T, kWidth>>& lanes) {
   // fp32 in parts: ptxas loads as far ahead as code is straight, until registers spill.
@@ -226,7 +229,7 @@ __device__ inline void dot_tile(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int 
     unroll<kPart / kStep<T>>([&](auto step) {
       constexpr int k = step * kStep<T>;
       FragA<T> fa[kMT];
-      unroll<kMT>([&](auto m) { load_a<16 * m, k>(fa[m], from_a); });
+      unroll<kMT>([&](auto m) { load_a<kApart * m, k>(fa[m], from_a); });
       unroll<kNT / 2>([&](auto n) {
         FragB<T> fb[2];
         load_b<16 * n, k>(fb, from_b);
@@ -237,16 +240,17 @@ __device__ inline void dot_tile(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int 
         }
       });
     });
-    from_a.at += kPart * sizeof(T), from_b.at += kPart * sizeof(T);
+    constexpr uint32_t kNext = Tile<T, kWidth>::across(kPart * sizeof(T));
+    from_a.at += kNext, from_b.at += kNext;
   }
 }
 
 // dot_tile for scores: fp32 by FMA.
-template <typename T, int kMT, int kNT, int kWidth>
+template <int kApart = 16, typename T, int kMT, int kNT, int kWidth>
 __device__ inline void dot_scores(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int row,
                                   Tile<T, kWidth> b, const Lanes<Tile<T, kWidth>>& lanes) {
   if constexpr (sizeof(T) == 2) {
-    dot_tile(c, a, row, b, lanes);
+    dot_tile<kApart>(c, a, row, b, lanes);
   } else {
     static_assert(kMT == 1);
     const int lane = threadIdx.x % 32;

@@ -81,18 +81,19 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
   using L = BwdLayout<kRow, kCol, T, kWidth, S>;
   constexpr int kParts = L::kExchange ? S::kSplit : 1;
   constexpr int kNT = S::kNT / kParts, kMT = S::kMT, kDT = kWidth / 8 / S::kSplit;
+  using By = Dots<kInFours<T, S::kStrips>>;
   static_assert(!kFinish || S::kSplit == 1);
   const RowBlock<S::kRows> block(all);
   const Pair& p = all.pair[block.side];
   const int head = block.head, b = block.b, h = block.h, warp = threadIdx.x / 32;
   const int m0 = kFinish ? 0 : block.m0;
   const int heads = static_cast<int>(all.B * all.H);
-  const int col0 = warp % S::kSplit * 8 * kDT;
-  const int part0 = warp % kParts * 8 * kNT;  // the warp's columns of a tile
+  const int col0 = S::part_of(warp) * 8 * kDT;
+  const int part0 = kParts > 1 ? S::part_of(warp) * 8 * kNT : 0;  // the warp's columns of a tile
   // Opaque to the compiler, which would hold what it can compute before the loop.
   const auto hide = [](int x) { return kMT == 1 ? x : static_cast<int>(kept_register(x)); };
   // The warp's m-th 16 rows.
-  const auto row_of = [warp](int m) { return (m * S::kWarps + warp) / S::kSplit * 16; };
+  const auto row_of = [warp](int m) { return (m * S::kStrips + S::strip_of(warp)) * 16; };
   const uint32_t base = shared_address(smem);
   const Tiles<T, kWidth> own = L::own(base);
 
@@ -133,22 +134,23 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
       load_stats<S::kCols, S::kThreads>(to, p.b, head, n0, heads);
     }
   };
-  const int end = static_cast<int>(ceil_div(block.end, S::kCols));
-  walk<S::kStages>(block.from / S::kCols, end, load, [&](int j, int stage) {
+  const int first = block.first_tile(S::kCols), end = block.end_tile(S::kCols);
+  walk<S::kStages, By::kTogether>(first, end, load, [&](int j, int stage) {
     const Tiles<T, kWidth> other = L::walked(base, stage);
     const typename L::Through ds_all{base + L::kThrough}, pf_all{ds_all.base + L::kEachThrough};
     unroll<kMT>([&](auto m) {
       const int row0 = hide(row_of(m));
-      if (kFinish && row0 >= p.a.rows) return;
+      // The first of the rows that are multiplied together.
+      if (kFinish && (By::kTogether ? row0 & ~63 : row0) >= p.a.rows) return;
       float ds[1][kNT][4], pf_row[1][kNT][4], pf_col[1][kNT][4];
-      uint64_t passes[1];
-      ds_tile<kRow, kCol, S::kCols>(ds, pf_row, pf_col, passes, all, p, hide(b), hide(h), own,
-                                    other.from(part0), lanes, L::stats(base, stage) + part0 * 4,
-                                    stats(m), row0, m0 + row0, j * S::kCols + part0);
+      uint64_t passes;
+      ds_tile<kRow, kCol, S::kCols, By>(ds, pf_row, pf_col, passes, all, p, hide(b), hide(h), own,
+                                        other.from(part0), lanes, L::stats(base, stage) + part0 * 4,
+                                        stats(m), row0, m0 + row0, j * S::kCols + part0);
       if (!p.plain) {
 #pragma unroll
         for (int i = 0; i < kNT * 4; ++i) {
-          ds[0][i / 4][i % 4] = gate(passes[0], i, ds[0][i / 4][i % 4]);
+          ds[0][i / 4][i % 4] = gate(passes, i, ds[0][i / 4][i % 4]);
         }
       }
       if constexpr (kFinish) {
@@ -160,28 +162,28 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
             if (!on) ds[0][i / 4][i % 4] = pf_row[0][i / 4][i % 4] = 0.0f;
           }
         }
-        FragA<T> frag[S::kCols / kStep<T>];
+        FragA<T> frag[1][S::kCols / kStep<T>];
 #pragma unroll
-        for (int i = 0; i < S::kCols / kStep<T>; ++i) from_acc(frag[i], &ds[0][2 * i]);
-        put_frags(spot_of(ds_all, row0), frag);
+        for (int i = 0; i < S::kCols / kStep<T>; ++i) from_acc(frag[0][i], &ds[0][2 * i]);
+        put_frags(spot_of(ds_all, row0), frag[0]);
         put_tile(spot_of(pf_all, row0), pf_row[0]);
-        dot_frags<0>(dqk[m][0], frag, other.qk, 0, lanes);
-        dot_regs(dv[m], pf_col, other.d_o, 0, lanes);
+        By::frags(dqk[m], frag, other.qk, 0, lanes);
+        By::regs(dv[m], pf_col, other.d_o, 0, lanes);
       } else if constexpr (L::kExchange) {
         put_tile(spot_of(ds_all, row0, part0), ds[0]);
         if constexpr (kCol) put_tile(spot_of(pf_all, row0, part0), pf_col[0]);
-        sync_warps<S::kSplit>(warp / S::kSplit);  // orders these writes before their reads
-        const auto add = [&](float (&c)[kDT][4], typename L::Through from, Tile<T, kWidth> by) {
-          FragA<T> frag[S::kCols / kStep<T>];
+        sync_warps<S::kSplit>(S::strip_of(warp));  // orders these writes before their reads
+        const auto add = [&](float (&c)[1][kDT][4], typename L::Through from, Tile<T, kWidth> by) {
+          FragA<T> frag[1][S::kCols / kStep<T>];
           const auto at = Lanes<typename L::Through>().a(from, row0);
-          unroll<S::kCols / kStep<T>>([&](auto i) { load_a<0, i * kStep<T>>(frag[i], at); });
-          dot_frags<0>(c, frag, by, col0, lanes);
+          unroll<S::kCols / kStep<T>>([&](auto i) { load_a<0, i * kStep<T>>(frag[0][i], at); });
+          By::frags(c, frag, by, col0, lanes);
         };
-        add(dqk[m][0], ds_all, other.qk);
-        if constexpr (kCol) add(dv[m][0], pf_all, other.d_o);
+        add(dqk[m], ds_all, other.qk);
+        if constexpr (kCol) add(dv[m], pf_all, other.d_o);
       } else {
-        dot_regs(dqk[m], ds, other.qk, col0, lanes);
-        if constexpr (kCol) dot_regs(dv[m], pf_col, other.d_o, col0, lanes);
+        By::regs(dqk[m], ds, other.qk, col0, lanes);
+        if constexpr (kCol) By::regs(dv[m], pf_col, other.d_o, col0, lanes);
       }
     });
     if constexpr (kFinish) {

@@ -4,8 +4,13 @@
 #pragma once
 
 #include "pair_tile.cuh"
+#include "wgmma.cuh"
 
 namespace fmm::cuda {
+
+// A warp's strips are adjacent here, which wgmma's of more than one are not.
+template <typename T, typename S>
+using PairDots = Dots<S::kMT == 1 && kInFours<T, S::kStrips>>;
 
 // A block owns rows of x; products are those of the chunk.
 template <typename Loss>
@@ -45,11 +50,13 @@ __global__ void __launch_bounds__(PairFwd<kWidth>::kThreads, 1)
     load_tile<S::kCols, S::kThreads>(y, ys, (block.begin + j) * S::kCols);
   };
   const Lanes<Tile<T, kWidth>> lanes(kWidth > 64);
-  walk<S::kStages>(0, block.end - block.begin, load, [&](int j, int stage) {
+  using By = PairDots<T, S>;
+  walk<S::kStages, By::kTogether>(0, block.end - block.begin, load, [&](int j, int stage) {
     const Tile<T, kWidth> y{stages + stage * kTileBytes};
     float s[S::kMT][S::kNT][4];
     clear(s);
-    dot_tile(s, x, static_cast<int>(threadIdx.x) / 32 * 16 * S::kMT, y, lanes);
+    By::start(s, x, static_cast<int>(threadIdx.x) / 32 * 16 * S::kMT, y, lanes);
+    By::template wait<0>(s);
     forward.tile(s, (block.begin + j) * S::kCols);
   });
   forward.finish();
@@ -243,15 +250,17 @@ __global__ void __launch_bounds__(PairBwd<kWidth>::kThreads, 1)
     load_facts<S::kCols, S::kThreads>(base + facts(stage), b.facts, block.g, n0);
   };
   const Lanes<Tile<T, kWidth>> lanes;
-  walk<S::kStages>(0, block.end - block.begin, load, [&](int j, int stage) {
+  using By = PairDots<T, S>;
+  walk<S::kStages, By::kTogether>(0, block.end - block.begin, load, [&](int j, int stage) {
     const Tile<T, kWidth> t{base + L::kOwn + stage * L::kWalked};
     if (j == 0) ds.begin();
     float x[S::kMT][S::kNT][4];
     clear(x);
-    dot_tile(x, own, row0, t, lanes);
+    By::start(x, own, row0, t, lanes);
+    By::template wait<0>(x);
     const float* cols = reinterpret_cast<const float*>(smem + facts(stage));
     ds.tile(x, {cols}, block.lane((block.begin + j) * S::kCols));
-    dot_regs(acc, x, t, 0, lanes);
+    By::regs(acc, x, t, 0, lanes);
   });
 
   if (a.out) {

@@ -171,13 +171,12 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
     // Also where there is one key, whose p is 1 then, without a rounding.
     Pass pass = kGain || stale || other.rows == 1 ? Pass::kMaxima : Pass::kTop;
     while (true) {
-      uint64_t passes[1];
       clear(s);
       dot_tile(s, qk_a, row0, qk_b, lanes);
       // Opaque to the compiler, which would compute for every tile what only a bias needs, or
       // dropout.
       const auto hide = [](int x) { return static_cast<int>(kept_register(x)); };
-      s_tile(s, pair, hide(b), hide(h), hide(m0 + row0), 0, passes);
+      s_tile(s[0], pair, hide(b), hide(h), hide(m0 + row0), 0);
       if (other.rows < kCols) {
         const int left = static_cast<int>(other.rows) - lane % 4 * 2;
 #pragma unroll
@@ -253,10 +252,10 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
 #pragma unroll
           for (int i = 0; i < kSteps; ++i) from_acc(frag[i], &s[0][2 * i]);
         } else {
-          uint64_t on[1] = {~uint64_t{0}};
+          uint64_t on = ~uint64_t{0};
           if (all.dropout.on) {
-            drop_bits<1, kNT>(on, all.dropout, pair.drop_a, pair.flip, hide(head), hide(m0 + row0),
-                              0);
+            on =
+                drop_bits<kNT>(all.dropout, pair.drop_a, pair.flip, hide(head), hide(m0 + row0), 0);
           }
 #pragma unroll
           for (int i = 0; i < kSteps; ++i) {
@@ -265,7 +264,7 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
             for (int e = 0; e < 8; ++e) {
               const int n = 2 * i + e / 4;
               x[e / 4][e % 4] = kept.has(n, e % 4) ? s[0][n][e % 4] * all.dropout.factor : 0.0f;
-              x[e / 4][e % 4] = gate(on[0], n * 4 + e % 4, x[e / 4][e % 4]);
+              x[e / 4][e % 4] = gate(on, n * 4 + e % 4, x[e / 4][e % 4]);
             }
             from_acc(frag[i], x);
           }
@@ -328,10 +327,9 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
         put_frags(p_at, frag);
       } else {
         if (all.dropout.on) {
-          uint64_t on[1];
-          drop_bits<1, kNT>(on, all.dropout, pair.drop_b, pair.flip, hide(head), hide(m0 + row0),
-                            0);
-          drop_tile(s[0], on[0], all.dropout.factor);
+          const uint64_t on =
+              drop_bits<kNT>(all.dropout, pair.drop_b, pair.flip, hide(head), hide(m0 + row0), 0);
+          drop_tile(s[0], on, all.dropout.factor);
         }
         put_tile(p_at, s[0]);
       }

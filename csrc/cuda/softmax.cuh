@@ -63,42 +63,34 @@ __device__ inline void max_across(float (&x)[kN]) {
 // Multiplier that turns raw scores into exponents of 2.
 __device__ inline float unit_of(const Pair& p) { return p.plain ? p.scale * kLog2e : kLog2e; }
 
-// One bit an accumulator of a lane: element [m][n][i] is bit n * 4 + i of word m.
-template <int kMT>
-using Bits = uint64_t[kMT];
-
-// Raw scores: the product itself if plain, else clamp(scale * product) + bias. `passes` gets where
-// the clamp lets gradient through. (row0, col0) is the tile's place in [rows, cols].
-template <int kMT, int kNT>
-__device__ inline void s_tile(float (&s)[kMT][kNT][4], const Pair& p, int b, int h, int row0,
-                              int col0, uint64_t (&passes)[kMT]) {
-#pragma unroll
-  for (int m = 0; m < kMT; ++m) passes[m] = ~uint64_t{0};
-  if (p.plain) return;
+// Raw scores: the product itself if plain, else clamp(scale * product) + bias. (row0, col0) is the
+// place of the 16 rows in [rows, cols]. Returns where the clamp lets gradient through, one bit an
+// accumulator of a lane: element [n][i] is bit n * 4 + i.
+template <int kNT>
+__device__ inline uint64_t s_tile(float (&s)[kNT][4], const Pair& p, int b, int h, int row0,
+                                  int col0) {
+  if (p.plain) return ~uint64_t{0};
   const int lane = threadIdx.x % 32;
   const int64_t head = b * p.bias.stride[0] + h * p.bias.stride[1];
+  uint64_t in = 0;
 #pragma unroll
-  for (int m = 0; m < kMT; ++m) {
-    uint64_t in = 0;
+  for (int n = 0; n < kNT; ++n) {
 #pragma unroll
-    for (int n = 0; n < kNT; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float x = s[m][n][i] * p.scale;
-        in |= uint64_t{!(fabsf(x) > p.clamp)} << (n * 4 + i);
-        x = x > p.clamp ? p.clamp : x < -p.clamp ? -p.clamp : x;
-        if (p.bias.data) {
-          const int64_t row = row0 + m * 16 + lane / 4 + i / 2 * 8;
-          const int64_t col = col0 + n * 8 + lane % 4 * 2 + i % 2;
-          if (row < p.a.rows && col < p.b.rows) {
-            x += load_float(p.bias, head + row * p.bias.stride[2] + col * p.bias.stride[3]);
-          }
+    for (int i = 0; i < 4; ++i) {
+      float x = s[n][i] * p.scale;
+      in |= uint64_t{!(fabsf(x) > p.clamp)} << (n * 4 + i);
+      x = x > p.clamp ? p.clamp : x < -p.clamp ? -p.clamp : x;
+      if (p.bias.data) {
+        const int64_t row = row0 + lane / 4 + i / 2 * 8;
+        const int64_t col = col0 + n * 8 + lane % 4 * 2 + i % 2;
+        if (row < p.a.rows && col < p.b.rows) {
+          x += load_float(p.bias, head + row * p.bias.stride[2] + col * p.bias.stride[3]);
         }
-        s[m][n][i] = x;
       }
+      s[n][i] = x;
     }
-    passes[m] = in;
   }
+  return in;
 }
 
 // Which of columns [n0, n0 + 8 * kNT) are inside and kept; has() asks for a lane's own columns.
@@ -146,44 +138,41 @@ __device__ inline uint4 philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c
   return make_uint4(c0, c1, c2, c3);
 }
 
-// Which entries dropout keeps. Word n % 4 of Philox counter (n / 4, m, head, direction) decides
-// entry [m, n]; with `flip` the tile's rows are n and its columns m. A call serves four lanes or
-// four columns, which exchange their bits.
-template <int kMT, int kNT>
-__device__ inline void drop_bits(uint64_t (&keep)[kMT], const Dropout& drop, int direction,
-                                 bool flip, int head, int row0, int col0) {
+// Which entries of 16 rows dropout keeps, as bits like those of s_tile. Word n % 4 of Philox
+// counter (n / 4, m, head, direction) decides entry [m, n]; with `flip` the tile's rows are n and
+// its columns m. A call serves four lanes or four columns, which exchange their bits.
+template <int kNT>
+__device__ inline uint64_t drop_bits(const Dropout& drop, int direction, bool flip, int head,
+                                     int row, int col0) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int j = g % 4;
-#pragma unroll
-  for (int m = 0; m < kMT; ++m) {
-    uint64_t out = 0;
+  uint64_t out = 0;
 #pragma unroll 1
-    for (int n = 0; n < kNT; ++n) {
-      const int row = row0 + m * 16, col = col0 + n * 8;
-      // Not flipped: even lanes draw four columns of row g, odd ones of row g + 8.
-      // Flipped: lane j of a group draws four rows of half j / 2 at column 2t + j % 2.
-      const uint32_t n4 = (flip ? row + j / 2 * 8 + g / 4 * 4 : col + t / 2 * 4) / 4;
-      const uint32_t at = flip ? col + 2 * t + j % 2 : row + g + t % 2 * 8;
-      const uint4 w = philox(n4, at, static_cast<uint32_t>(head), direction, drop.seed);
-      const uint32_t mine = uint32_t{w.x >= drop.threshold} | uint32_t{w.y >= drop.threshold} << 1 |
-                            uint32_t{w.z >= drop.threshold} << 2 |
-                            uint32_t{w.w >= drop.threshold} << 3;
-      uint32_t bits = 0;
-      if (flip) {
+  for (int n = 0; n < kNT; ++n) {
+    const int col = col0 + n * 8;
+    // Not flipped: even lanes draw four columns of row g, odd ones of row g + 8.
+    // Flipped: lane j of a group draws four rows of half j / 2 at column 2t + j % 2.
+    const uint32_t n4 = (flip ? row + j / 2 * 8 + g / 4 * 4 : col + t / 2 * 4) / 4;
+    const uint32_t at = flip ? col + 2 * t + j % 2 : row + g + t % 2 * 8;
+    const uint4 w = philox(n4, at, static_cast<uint32_t>(head), direction, drop.seed);
+    const uint32_t mine = uint32_t{w.x >= drop.threshold} | uint32_t{w.y >= drop.threshold} << 1 |
+                          uint32_t{w.z >= drop.threshold} << 2 |
+                          uint32_t{w.w >= drop.threshold} << 3;
+    uint32_t bits = 0;
+    if (flip) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t theirs = __shfl_sync(~0u, mine, (g - j + i) * 4 + t);
-          bits |= (theirs >> j & 1) << i;
-        }
-      } else {
-        const uint32_t theirs = __shfl_xor_sync(~0u, mine, 1);
-        const uint32_t low = t % 2 ? theirs : mine, high = t % 2 ? mine : theirs;
-        bits = (low >> t % 2 * 2 & 3) | (high >> t % 2 * 2 & 3) << 2;
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t theirs = __shfl_sync(~0u, mine, (g - j + i) * 4 + t);
+        bits |= (theirs >> j & 1) << i;
       }
-      out |= uint64_t{bits} << (n * 4);
+    } else {
+      const uint32_t theirs = __shfl_xor_sync(~0u, mine, 1);
+      const uint32_t low = t % 2 ? theirs : mine, high = t % 2 ? mine : theirs;
+      bits = (low >> t % 2 * 2 & 3) | (high >> t % 2 * 2 & 3) << 2;
     }
-    keep[m] = out;
+    out |= uint64_t{bits} << (n * 4);
   }
+  return out;
 }
 
 // p * factor where kept, else 0.

@@ -21,6 +21,11 @@ struct RowBlock {
     from = share * static_cast<int>(p.chunk);
     end = static_cast<int>(chunks == 1 ? p.b.rows : min(from + p.chunk, p.b.rows));
   }
+  // The tiles of b: [first_tile, end_tile).
+  __device__ int first_tile(unsigned cols) const { return static_cast<unsigned>(from) / cols; }
+  __device__ int end_tile(unsigned cols) const {
+    return (static_cast<unsigned>(end) + cols - 1) / cols;
+  }
 };
 
 // Rows of a stream: qk; v as keys of the row softmax or, of the other stream, the column softmax;

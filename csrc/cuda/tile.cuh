@@ -87,14 +87,18 @@ __device__ inline void store_shared(uint32_t address, uint32_t v) {
 }
 
 // Rows of kWidth elements. Eight lanes that read or write one chunk of 16 bytes of eight rows touch
-// all 32 banks: chunks are permuted by row, and the base is a multiple of a row's bytes, or, where
-// memory allows, rows are kPadded by a chunk.
+// all 32 banks: eight rows lie together, 128 bytes of each at a time, with their chunks permuted by
+// row, which are the swizzled atoms of wgmma; or, where memory allows, rows are kPadded by a chunk.
+// The base is a multiple of eight rows' bytes.
 template <typename T, int kWidth, bool kPadded = false>
 struct Tile {
   static constexpr int kRowBytes = (kWidth * sizeof(T)) + kPadded * 16;
   static constexpr int kChunks = kWidth * sizeof(T) / 16;
   static constexpr int kPer16 = 16 / sizeof(T), kSize = sizeof(T);
   static constexpr bool kPadded_ = kPadded;
+  // Bytes from a row to the next of its eight, and from 128 bytes of a row to its next 128.
+  static constexpr int kPitch = kPadded || kRowBytes < 128 ? kRowBytes : 128;
+  static constexpr int kAtom = kPadded ? 128 : 8 * kPitch;
   static_assert(kChunks >= 2 && (kChunks & (kChunks - 1)) == 0);
 
   uint32_t base;  // shared-space address
@@ -103,10 +107,19 @@ struct Tile {
     if constexpr (kPadded) return 0;
     return kChunks >= 8 ? row % 8 : row / (8 / (kChunks < 8 ? kChunks : 8)) % kChunks;
   }
+  // Bytes from a row to that `rows` on, both among the same eight or a multiple of eight apart.
+  static constexpr __host__ __device__ int down(int rows) {
+    return rows * kPitch + (rows & ~7) * (kRowBytes - kPitch);
+  }
+  // Bytes from a column to that `bytes` on, a multiple of 128.
+  static constexpr __host__ __device__ int across(int bytes) { return bytes / 128 * kAtom; }
   // Bytes from the base to an element.
   static __device__ uint32_t offset(int row, int col) {
-    const int chunk = (col / kPer16) ^ swizzle(row);
-    return row * kRowBytes + chunk * 16 + col % kPer16 * static_cast<int>(sizeof(T));
+    const int chunk = col / kPer16, in = col % kPer16 * static_cast<int>(sizeof(T));
+    if constexpr (kPadded) return row * kRowBytes + chunk * 16 + in;
+    const int on = down(row) + (chunk ^ swizzle(row)) * 16 + in;
+    if constexpr (kChunks <= 8) return on;
+    return on + (chunk & ~7) * (kAtom / 8 - 16);
   }
   __device__ uint32_t address(int row, int col) const { return base + offset(row, col); }
   // The address `cols` columns after that at `offset`, whose own column is below the first multiple
@@ -114,7 +127,7 @@ struct Tile {
   // and what is beyond is an immediate.
   __device__ uint32_t along(uint32_t offset, int cols) const {
     const int bytes = cols * static_cast<int>(sizeof(T));
-    return base + (offset ^ (bytes & 127)) + (bytes & ~127);
+    return base + (offset ^ (bytes & 127)) + across(bytes);
   }
 };
 
@@ -131,7 +144,7 @@ struct Spot {
   }
   template <int kRow, int kCol>
   static constexpr int kFar =
-      kRow * Of::kRowBytes + (Of::kPadded_ ? kCol * Of::kSize : kCol * Of::kSize & ~127);
+      Of::down(kRow) + (Of::kPadded_ ? kCol * Of::kSize : Of::across(kCol * Of::kSize));
 };
 
 // A barrier of the block's warps from `group` * kWarps on, kWarps of them.
@@ -308,7 +321,7 @@ __device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int r
   if (row0 + kRows <= plain) {
     from += lane.col;
     unroll<kRows / kRowsAtOnce>([&](auto i) {
-      cp_async16<i * kRowsAtOnce * Dst::kRowBytes>(lane.template at<i>(tile), from);
+      cp_async16<Dst::down(i * kRowsAtOnce)>(lane.template at<i>(tile), from);
       from += step;
     });
     return;
@@ -318,8 +331,8 @@ __device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int r
   const int bytes = inside * static_cast<int>(sizeof(T)), left = m.rows - row0 - lane.row;
   if (m.vectors && m.keep.data == nullptr) {
     unroll<kRows / kRowsAtOnce>([&](auto i) {
-      cp_async16<i * kRowsAtOnce * Dst::kRowBytes>(lane.template at<i>(tile), from,
-                                                   i * kRowsAtOnce < left ? bytes : 0);
+      cp_async16<Dst::down(i * kRowsAtOnce)>(lane.template at<i>(tile), from,
+                                             i * kRowsAtOnce < left ? bytes : 0);
       from += step;
     });
     return;
@@ -350,9 +363,16 @@ __device__ inline void load_tile(Tile<T, kWidth> tile, const Matrix<T>& m, int r
   load_tile<kRows>(tile, m, row0, m.plain(kWidth), lane);
 }
 
+// Orders this thread's writes of shared memory, once a barrier has been passed, before their reads
+// by wgmma.
+template <bool kWgmma>
+__device__ inline void fence_async_reads() {
+  if constexpr (kWgmma) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // body(j, stage) for j in [from, n), tile j loaded by load(j, stage) up to kStages - 1 steps ahead.
 // With one stage the load is waited for; with more a tile has one barrier.
-template <int kStages, typename Load, typename Body>
+template <int kStages, bool kWgmma = false, typename Load, typename Body>
 __device__ inline void walk(int from, int n, const Load& load, const Body& body) {
   n = static_cast<int>(kept_register(n));
   if constexpr (kStages == 1) {
@@ -361,6 +381,7 @@ __device__ inline void walk(int from, int n, const Load& load, const Body& body)
       load(j, 0);
       cp_async_commit();
       cp_async_wait<0>();
+      fence_async_reads<kWgmma>();
       __syncthreads();  // orders the writes of tile j before its reads
       body(j, 0);
     }
@@ -372,6 +393,7 @@ __device__ inline void walk(int from, int n, const Load& load, const Body& body)
     int stage = 0;
     for (int j = from; j < n; ++j) {
       cp_async_wait<kStages - 2>();
+      fence_async_reads<kWgmma>();
       __syncthreads();  // orders tile j's writes before its reads, reads of j - 1 before new writes
       const int next = j + kStages - 1;
       const int free = stage == 0 ? kStages - 1 : stage - 1;

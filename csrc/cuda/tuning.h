@@ -5,14 +5,17 @@
 
 namespace fmm::cuda {
 
-// A block of kRows rows walks tiles of kCols columns: kWarps warps, each 16 * kMT rows and one of
-// kSplit parts of the width. A multiprocessor's registers are to suffice for kBlocks blocks.
+// A block of kRows rows walks tiles of kCols columns: kWarps warps, each kMT strips of 16 rows and
+// one of kSplit parts of the width. A multiprocessor's registers are to suffice for kBlocks blocks.
 template <int kRows_, int kCols_, int kWarps_, int kSplit_, int kStages_, int kBlocks_ = 1>
 struct Shape {
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kRows = kRows_, kCols = kCols_, kWarps = kWarps_, kSplit = kSplit_;
   static constexpr int kStages = kStages_, kThreads = 32 * kWarps;
   static constexpr int kMT = kRows * kSplit / (16 * kWarps);
+  static constexpr int kStrips = kWarps / kSplit;  // that warps have at once
+  static constexpr int strip_of(int warp) { return kSplit == 1 ? warp : warp % kStrips; }
+  static constexpr int part_of(int warp) { return kSplit == 1 ? 0 : warp / kStrips; }
   static_assert(kMT * 16 * kWarps == kRows * kSplit && kMT > 0);
   static constexpr int kNT = kCols / 8;
   static_assert(kNT * 8 == kCols && kNT % 2 == 0 && kNT <= 16);
