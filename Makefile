@@ -57,7 +57,7 @@ cuda: build
 	@if command -v nvcc > /dev/null; then \
 	  export FUSEDMM_CUDA=1; \
 	  $(PY) -c "import sys, torch; sys.exit(torch.cuda.is_available())" && \
-	    export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX}"; \
+	    export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX 9.0a+PTX}"; \
 	  $(PY) setup.py -q build_ext --inplace; \
 	else echo "no nvcc: the CUDA kernels are not built and not tested"; fi
 

@@ -3,8 +3,8 @@
 CPU kernels (fusedmm._C) always (FUSEDMM_NO_EXT=1: nothing native); CUDA kernels (fusedmm._C_cuda)
 when FORCE_CUDA=1 or a GPU is visible, and nvcc and a CUDA torch are present; FUSEDMM_CUDA=0/1
 overrides. Architectures are TORCH_CUDA_ARCH_LIST, else those of the visible GPUs, else
-8.0;9.0+PTX. A missing compiler is no error: the package then runs on `reference` (and Triton on a
-GPU), and `python -m fusedmm info` says why.
+8.0+PTX;9.0a, whose `a` is Hopper's wgmma. A missing compiler is no error: the package then runs on
+`reference` (and Triton on a GPU), and `python -m fusedmm info` says why.
 """
 
 import os
@@ -74,7 +74,7 @@ def toolkit() -> Path:
 
 
 def architectures() -> list[str]:
-    """Compute capabilities to build, as "8.0" or "9.0+PTX"."""
+    """Compute capabilities to build, as "9.0a" or "8.0+PTX"."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if asked:
         return asked
@@ -82,7 +82,7 @@ def architectures() -> list[str]:
 
     found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     seen = sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in found})
-    return seen or ["8.0", "9.0+PTX"]
+    return [{"9.0": "9.0a"}.get(arch, arch) for arch in seen] or ["8.0+PTX", "9.0a"]
 
 
 def gencode(archs: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ needs no GPU.
 import argparse
 import collections
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -18,8 +19,8 @@ import subprocess
 from pathlib import Path
 
 LIMITS = {  # KiB of shared memory and warps a multiprocessor; a block may have 1 KiB less
-    "8.0": (164, 64), "8.6": (100, 48), "8.9": (100, 48), "9.0": (228, 64), "10.0": (228, 64),
-    "12.0": (100, 48),
+    "8.0": (164, 64), "8.6": (100, 48), "8.9": (100, 48), "9.0": (228, 64), "9.0a": (228, 64),
+    "10.0": (228, 64), "12.0": (100, 48),
 }  # fmt: skip
 OPCODES = ("HMMA", "LDSM", "LDGSTS", "LDL", "STL")  # the last two: local memory
 _PLAIN = {  # of mangled names
@@ -90,6 +91,19 @@ def _dump(library: str, flag: str, arch: str) -> str:
     return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
 
+@functools.cache
+def _machine_code(library: str, arch: str) -> tuple[dict, dict]:
+    """Of each function: the line on its resources, and how often it has each opcode."""
+    usage = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", _dump(library, "-res-usage", arch)))
+    code: dict[str, collections.Counter] = {}
+    for part in _dump(library, "-sass", arch).split("Function : ")[1:]:
+        name = part.split(None, 1)[0]
+        code[name] = collections.Counter(
+            re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", part, re.M)
+        )
+    return usage, code
+
+
 def built() -> list[str]:
     """The architectures in the build."""
     from fusedmm import _C_cuda
@@ -101,14 +115,8 @@ def read(pattern: str = "", arch: str | None = None) -> list[Resources]:
     """Every tile kernel whose mangled name matches `pattern`, for `arch` or the first built."""
     from fusedmm import _C_cuda
 
-    arch, library = arch or built()[0], _C_cuda.__file__
-    usage = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", _dump(library, "-res-usage", arch)))
-    code: dict[str, collections.Counter] = {}
-    for part in _dump(library, "-sass", arch).split("Function : ")[1:]:
-        name = part.split(None, 1)[0]
-        code[name] = collections.Counter(
-            re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", part, re.M)
-        )
+    arch = arch or built()[0]
+    usage, code = _machine_code(_C_cuda.__file__, arch)
     found = []
     for k in _C_cuda.kernels():
         mangled = f"{k['kernel']}I{k['arguments']}E"

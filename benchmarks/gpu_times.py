@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from fusedmm import testing
+from fusedmm.backends.native import extension
 from fusedmm.testing import AttentionShape, PairShape
 
 from . import cases, measure, peers, run
@@ -255,7 +256,7 @@ def markdown(result: dict) -> str:
         "docstring says how. Ceilings, measured: a bf16 product "
         f"{info['bf16_flops'] / 1e12:.0f} TFLOP/s, a copy {info['copy_bytes'] / 1e12:.2f} TB/s, "
         "read and written. Runs: "
-        + "; ".join(f"{i}, {r['date']} at {r['commit']}" for i, r in enumerate(result["runs"]))
+        + "; ".join(f"{i}, {_run(r)}" for i, r in enumerate(result["runs"]))
         + ".",
         "",
         "Times are medians on the device in ms, `call` a loop's with the host. Ratio = best peer",
@@ -276,6 +277,11 @@ def markdown(result: dict) -> str:
         skipped = {(n, why) for r in records for n, why in r["skipped"].items()}
         lines += [f"- not timed: {n}: {why}" for n, why in sorted(skipped)] + [""]
     return "\n".join(lines)
+
+
+def _run(r: dict) -> str:
+    compiled = f", kernels for {r['archs']}" if r.get("archs") else ""
+    return f"{r['date']} at {r['commit']}{compiled}"
 
 
 def _row(r: dict, shown: list[str]) -> str:
@@ -375,7 +381,8 @@ def main(argv: list[str]) -> None:
     result, path = {}, Path()
     if keep:
         info = gpu()
-        result = {"machine": info, "runs": [run.provenance("benchmarks.gpu_times")]}
+        made = {**run.provenance("benchmarks.gpu_times"), "archs": extension.archs()}
+        result = {"machine": info, "runs": [made]}
         path = Path(args.out) / slug(info["gpu"]) / "gpu_times.json"
         path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text()) if keep and path.exists() else {}

@@ -60,5 +60,7 @@ def test_a_gpu_run_replaces_what_it_measured():
     assert "| sdpa x2 | **0.75** | 8 | 6 | **0.75** | 0 |" in rows[0]
     assert "| sdpa x2 | 1.50 | 4 | 6 | 1.50 | 1 |" in rows[1]
     assert "not timed: compiled: broken" in gpu_times.markdown(both)
+    both["runs"][1]["archs"] = "9.0a"
+    assert "1, 2026-01-01 at new, kernels for 9.0a." in gpu_times.markdown(both)
     again = gpu_times.merge(both, gpu_run("newest", **{"bixt-batch-64": two}))
     assert [r["commit"] for r in again["runs"]] == ["new", "newest"]

@@ -129,6 +129,25 @@ def test_machine_code():
 
 
 @pytest.mark.skipif(gpu_resources.tool("cuobjdump") is None, reason="no cuobjdump")
-@pytest.mark.skipif(_C.archs.removesuffix("+PTX") != "8.0", reason="only sm_80 was worked on")
-def test_nothing_spills():
-    assert not [r.name for r in gpu_resources.read() if gpu_resources.spills(r)]
+@pytest.mark.skipif("9.0a" not in gpu_resources.built(), reason="9.0a is not in the build")
+def test_machine_code_of_hopper():
+    """wgmma where four warps share what they multiply by, and waits for chains of products only.
+
+    Where the compiler serialises them, each product has an arrival and a wait of its own.
+    """
+    kernels = "(attend_fwd|owner_bwd|resident_bwd)_kernelI.*(bfloat16|half)"
+    kernels += "|fused_(fwd|bwd)_kernelI.*Li(128|256)E"
+    rows = [r for r in gpu_resources.read(kernels, "9.0a") if r.threads >= 128]
+    alone = [r for r in rows if r.kernel == "owner_bwd_kernel" and r.name.endswith("Li256ELi0EE")]
+    assert len(alone) == 6 and len(rows) > 50
+    for r in rows:
+        if r not in alone:
+            assert r.opcodes["WARPGROUP"] <= r.opcodes["HGMMA"] > 0, r.name
+
+
+@pytest.mark.skipif(gpu_resources.tool("cuobjdump") is None, reason="no cuobjdump")
+@pytest.mark.parametrize("arch", ["8.0", "9.0a"])
+def test_nothing_spills(arch):
+    if arch not in gpu_resources.built():
+        pytest.skip(f"{arch} is not in the build")
+    assert not [r.name for r in gpu_resources.read(arch=arch) if gpu_resources.spills(r)]

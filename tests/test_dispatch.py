@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmm
 from fusedmm import backends, dispatch, problem
+from fusedmm.backends.native import extension
 from fusedmm.ops import _call
 from fusedmm.testing import LOSSES, POSITIONAL, AttentionShape, PairShape, fused, make_case
 
@@ -50,6 +51,23 @@ def asked(device: str = "cpu") -> problem.AttentionProblem:
     """A problem to select for."""
     side = problem.Side(5, 4, 96, 8)
     return problem.AttentionProblem("bi_attention", 1, 2, side, side, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize(
+    ("arch", "runs"),
+    [
+        ("8.0", [(8, 0), (8, 6)]),
+        ("8.6", [(8, 6)]),
+        ("8.0+PTX", [(8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0)]),
+        ("9.0a", [(9, 0)]),
+        ("9.0a+PTX", [(9, 0)]),
+        ("10.0f", [(10, 0), (10, 3)]),
+        ("10.0a", [(10, 0)]),
+    ],
+)
+def test_which_devices_run_an_architecture(arch, runs):
+    devices = [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0)]
+    assert [d for d in devices if extension._runs(arch, d)] == runs
 
 
 def test_priority():

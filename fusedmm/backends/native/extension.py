@@ -3,6 +3,7 @@ the reason.
 """
 
 import functools
+import re
 
 import torch
 
@@ -62,14 +63,19 @@ def _unfit() -> str:
     """Why the current device cannot run code that was compiled for `archs`, or ""."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    for arch in archs().split():
-        built = tuple(int(n) for n in arch.removesuffix("+PTX").split("."))
-        if built[0] == major and built[1] <= minor:
-            return ""
-        if arch.endswith("+PTX") and built <= (major, minor):
-            return ""
-    return f"compiled for {archs()}, which sm_{major}{minor} cannot run"
+    device = torch.cuda.get_device_capability()
+    if any(_runs(arch, device) for arch in archs().split()):
+        return ""
+    return f"compiled for {archs()}, which sm_{device[0]}{device[1]} cannot run"
+
+
+def _runs(arch: str, device: tuple[int, int]) -> bool:
+    """Whether code for `arch`, say "9.0", "9.0a" or "8.0+PTX", runs on a compute capability."""
+    major, minor, only, ptx = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch).groups()
+    built = int(major), int(minor)
+    if only == "a":  # neither it nor its PTX runs elsewhere
+        return built == device
+    return (built[0] == device[0] or bool(ptx and not only)) and built <= device
 
 
 def isa() -> str:
