@@ -48,7 +48,7 @@ struct PairBwd<256> : Shape<64, 32, 4, 1, 2> {};
 // Tall tiles are for more rows than the others have, and devices that run eight of their warps at
 // once.
 template <int kBytes, int kWidth>
-constexpr int kTallerFwd = kBytes == 2 && kWidth >= 64 ? 1 : 0;  // how many there are
+constexpr int kTallerFwd = kBytes == 4 || kWidth < 64 ? 0 : kWidth < 256 ? 1 : 2;  // how many
 template <int kBytes, int kWidth>
 constexpr int kTallerBwd = kBytes == 2 && kWidth == 256 ? 2 : 0;
 
@@ -76,6 +76,8 @@ template <>
 struct AttendFwd<2, 128, 1> : Shape<128, 32, 4, 1, 2> {};
 template <>
 struct AttendFwd<2, 256, 1> : Shape<64, 64, 4, 1, 1> {};
+template <>
+struct AttendFwd<2, 256, 2> : Shape<128, 64, 8, 1, 2> {};  // 193 KiB, by bytes through the L2
 
 template <int kBytes, int kWidth, int kHeight>
 struct OwnerBwd;  // a block owns rows of one stream, up to three tiles of the other are walked
