@@ -152,7 +152,8 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
         drop_tile(s[m], on, all.dropout.factor);
       }
     }
-    By::regs(o, s, t.v, col0, lanes);
+    By::start_regs(o, s, t.v, col0, lanes);
+    By::template wait<0>(o);
   });
 
   __syncthreads();  // orders the last reads of q before the results that take its place

@@ -167,8 +167,8 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
         for (int i = 0; i < S::kCols / kStep<T>; ++i) from_acc(frag[0][i], &ds[0][2 * i]);
         put_frags(spot_of(ds_all, row0), frag[0]);
         put_tile(spot_of(pf_all, row0), pf_row[0]);
-        By::frags(dqk[m], frag, other.qk, 0, lanes);
-        By::regs(dv[m], pf_col, other.d_o, 0, lanes);
+        By::start_frags(dqk[m], frag, other.qk, 0, lanes);
+        By::start_regs(dv[m], pf_col, other.d_o, 0, lanes);
       } else if constexpr (L::kExchange) {
         put_tile(spot_of(ds_all, row0, part0), ds[0]);
         if constexpr (kCol) put_tile(spot_of(pf_all, row0, part0), pf_col[0]);
@@ -177,14 +177,16 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
           FragA<T> frag[1][S::kCols / kStep<T>];
           const auto at = Lanes<typename L::Through>().a(from, row0);
           unroll<S::kCols / kStep<T>>([&](auto i) { load_a<0, i * kStep<T>>(frag[0][i], at); });
-          By::frags(c, frag, by, col0, lanes);
+          By::start_frags(c, frag, by, col0, lanes);
         };
         add(dqk[m], ds_all, other.qk);
         if constexpr (kCol) add(dv[m], pf_all, other.d_o);
       } else {
-        By::regs(dqk[m], ds, other.qk, col0, lanes);
-        if constexpr (kCol) By::regs(dv[m], pf_col, other.d_o, col0, lanes);
+        By::start_regs(dqk[m], ds, other.qk, col0, lanes);
+        if constexpr (kCol) By::start_regs(dv[m], pf_col, other.d_o, col0, lanes);
       }
+      By::template wait<0>(dqk[m]);
+      By::template wait<0>(dv[m]);
     });
     if constexpr (kFinish) {
       __syncthreads();  // orders the writes of ds and pf_row, and b's tile's last reads

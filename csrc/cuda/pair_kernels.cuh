@@ -260,7 +260,8 @@ __global__ void __launch_bounds__(PairBwd<kWidth>::kThreads, 1)
     By::template wait<0>(x);
     const float* cols = reinterpret_cast<const float*>(smem + facts(stage));
     ds.tile(x, {cols}, block.lane((block.begin + j) * S::kCols));
-    By::regs(acc, x, t, 0, lanes);
+    By::start_regs(acc, x, t, 0, lanes);
+    By::template wait<0>(acc);
   });
 
   if (a.out) {

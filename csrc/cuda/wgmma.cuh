@@ -170,10 +170,10 @@ struct Dots {
       pin(c);
     }
   }
-  // These two wait.
   template <typename T, int kMT, int kNT, int kDT, int kWidth>
-  static __device__ void regs(float (&c)[kMT][kDT][4], const float (&p)[kMT][kNT][4],
-                              Tile<T, kWidth> b, int col, const Lanes<Tile<T, kWidth>>& lanes) {
+  static __device__ void start_regs(float (&c)[kMT][kDT][4], const float (&p)[kMT][kNT][4],
+                                    Tile<T, kWidth> b, int col,
+                                    const Lanes<Tile<T, kWidth>>& lanes) {
     if constexpr (kFour) {
       FragA<T> frag[kMT][kNT / 2];
 #pragma unroll
@@ -186,8 +186,9 @@ struct Dots {
     }
   }
   template <typename T, int kSteps, int kDT, int kWidth>
-  static __device__ void frags(float (&c)[1][kDT][4], const FragA<T> (&p)[1][kSteps],
-                               Tile<T, kWidth> b, int col, const Lanes<Tile<T, kWidth>>& lanes) {
+  static __device__ void start_frags(float (&c)[1][kDT][4], const FragA<T> (&p)[1][kSteps],
+                                     Tile<T, kWidth> b, int col,
+                                     const Lanes<Tile<T, kWidth>>& lanes) {
     if constexpr (kFour) {
       together(c, p, b, col);
     } else {
@@ -216,7 +217,6 @@ struct Dots {
       wgmma_frag<T, kCols>(&c[m][d * kCols], p[m][k].r, from + kOn);
     });
     wgmma_commit();
-    wait<0>(c);
   }
 };
 
