@@ -236,10 +236,11 @@ def test_tiles_of_a_full_device(op, backend, dtype, monkeypatch):
 
 
 @on_cuda
-@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
 @pytest.mark.parametrize("op", ["bi_attention", "co_attention"])
 def test_blocks_for_every_multiprocessor(op, D):
-    """The compiled forward's taller tiles, on a device of up to 132; they end beyond the rows."""
+    """The compiled kernels' tallest tiles of each width, on a device of up to 132; they end beyond
+    the rows."""
     check(op, "cuda", streams(op, 1, 66, 128, 130, D, D, D), {}, torch.bfloat16)
 
 

@@ -180,7 +180,7 @@ struct Dots {
       for (int i = 0; i < kMT * kNT / 2; ++i) {
         from_acc(frag[i / (kNT / 2)][i % (kNT / 2)], &p[i / (kNT / 2)][i % (kNT / 2) * 2]);
       }
-      together(c, frag, b, col);
+      issue(c, frag, b, col);
     } else {
       dot_regs(c, p, b, col, lanes);
     }
@@ -190,7 +190,7 @@ struct Dots {
                                      Tile<T, kWidth> b, int col,
                                      const Lanes<Tile<T, kWidth>>& lanes) {
     if constexpr (kFour) {
-      together(c, p, b, col);
+      issue(c, p, b, col);
     } else {
       dot_frags<0>(c[0], p[0], b, col, lanes);
     }
@@ -199,8 +199,8 @@ struct Dots {
  private:
   // `col`: a multiple of 64.
   template <typename T, int kMT, int kSteps, int kDT, int kWidth>
-  static __device__ void together(float (&c)[kMT][kDT][4], const FragA<T> (&p)[kMT][kSteps],
-                                  Tile<T, kWidth> b, int col) {
+  static __device__ void issue(float (&c)[kMT][kDT][4], const FragA<T> (&p)[kMT][kSteps],
+                               Tile<T, kWidth> b, int col) {
     using Of = Tile<T, kWidth>;
     constexpr int kCols = kDT < 8 ? kDT : 8;  // n8 tiles a product
     const uint64_t from = descriptor(b, 0) + Of::across(col * 2) / 16;
