@@ -48,7 +48,7 @@ struct PairBwd<256> : Shape<64, 32, 4, 1, 2> {};
 // Tall tiles are for more rows than the others have, and devices that run eight of their warps at
 // once.
 template <int kBytes, int kWidth>
-constexpr int kTallerFwd = kBytes == 4 || kWidth < 64 ? 0 : kWidth < 256 ? 1 : 2;  // how many
+constexpr int kTallerFwd = kBytes == 2 ? (kWidth >= 64) + (kWidth == 256) : 0;  // how many
 template <int kBytes, int kWidth>
 constexpr int kTallerBwd = kBytes == 2 && kWidth == 256 ? 2 : 0;
 
