@@ -1,6 +1,6 @@
 // Tiles by element size and padded width: the only place where tile literals live. All fit 99 KiB
 // of shared memory (sm_86, sm_89, sm_120) unless said. Those of attention in 16-bit types were
-// chosen on an H100 unless said, the others on no hardware.
+// chosen on an H100, all by mma.sync, unless said; the others on no hardware.
 #pragma once
 
 namespace fmm::cuda {

@@ -45,68 +45,44 @@ __device__ inline void wgmma_wait() {
 #define FMM_REG8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define FMM_REG16 FMM_REG8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define FMM_REG32 FMM_REG16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define FMM_WGMMA(cols, type, regs, operands) \
-  "wgmma.mma_async.sync.aligned.m64n" cols "k16.f32." type "." type " {" regs "}, " operands ";"
+// In either type; `tail` is what follows the accumulators.
+#define FMM_WGMMA_OF(cols, type, regs, tail) \
+  "wgmma.mma_async.sync.aligned.m64n" cols "k16.f32." type "." type " {" regs "}, " tail ";"
+#define FMM_WGMMA(cols, regs, acc, tail, ...)                                            \
+  if constexpr (std::is_same_v<T, __half>) {                                             \
+    asm volatile(FMM_WGMMA_OF(cols, "f16", regs, tail) : acc : __VA_ARGS__ : "memory");  \
+  } else {                                                                               \
+    asm volatile(FMM_WGMMA_OF(cols, "bf16", regs, tail) : acc : __VA_ARGS__ : "memory"); \
+  }
 
 // c [64, 8 * kNT] += a [64, 16] @ b.T, b [8 * kNT, 16]; descriptors of tiles.
-#define FMM_WGMMA_TILES(cols, type, regs, acc, a_at, b_at)                   \
-  asm volatile(FMM_WGMMA(cols, type, regs, a_at ", " b_at ", 1, 1, 1, 0, 0") \
-               : acc                                                         \
-               : "l"(a), "l"(b)                                              \
-               : "memory")
 template <typename T, int kNT>
 __device__ inline void wgmma_tiles(float (*c)[4], uint64_t a, uint64_t b) {
-  constexpr bool kHalf = std::is_same_v<T, __half>;
   static_assert(sizeof(T) == 2 && (kNT == 2 || kNT == 4 || kNT == 8));
   if constexpr (kNT == 2) {
-    if constexpr (kHalf) {
-      FMM_WGMMA_TILES("16", "f16", FMM_REG8, FMM_ACC2(0), "%8", "%9");
-    } else {
-      FMM_WGMMA_TILES("16", "bf16", FMM_REG8, FMM_ACC2(0), "%8", "%9");
-    }
+    FMM_WGMMA("16", FMM_REG8, FMM_ACC2(0), "%8, %9, 1, 1, 1, 0, 0", "l"(a), "l"(b))
   } else if constexpr (kNT == 4) {
-    if constexpr (kHalf) {
-      FMM_WGMMA_TILES("32", "f16", FMM_REG16, FMM_ACC4(0), "%16", "%17");
-    } else {
-      FMM_WGMMA_TILES("32", "bf16", FMM_REG16, FMM_ACC4(0), "%16", "%17");
-    }
+    FMM_WGMMA("32", FMM_REG16, FMM_ACC4(0), "%16, %17, 1, 1, 1, 0, 0", "l"(a), "l"(b))
   } else {
-    if constexpr (kHalf) {
-      FMM_WGMMA_TILES("64", "f16", FMM_REG32, FMM_ACC8(0), "%32", "%33");
-    } else {
-      FMM_WGMMA_TILES("64", "bf16", FMM_REG32, FMM_ACC8(0), "%32", "%33");
-    }
+    FMM_WGMMA("64", FMM_REG32, FMM_ACC8(0), "%32, %33, 1, 1, 1, 0, 0", "l"(a), "l"(b))
   }
 }
 
 // c [64, 8 * kNT] += a [64, 16] @ b, a in fragments, b [16, 8 * kNT].
-#define FMM_WGMMA_FRAG(cols, type, regs, acc, a_at, b_at)                      \
-  asm volatile(FMM_WGMMA(cols, type, regs, "{" a_at "}, " b_at ", 1, 1, 1, 1") \
-               : acc                                                           \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)            \
-               : "memory")
 template <typename T, int kNT>
 __device__ inline void wgmma_frag(float (*c)[4], const uint32_t (&a)[4], uint64_t b) {
-  constexpr bool kHalf = std::is_same_v<T, __half>;
   static_assert(sizeof(T) == 2 && (kNT == 4 || kNT == 8));
   if constexpr (kNT == 4) {
-    if constexpr (kHalf) {
-      FMM_WGMMA_FRAG("32", "f16", FMM_REG16, FMM_ACC4(0), "%16, %17, %18, %19", "%20");
-    } else {
-      FMM_WGMMA_FRAG("32", "bf16", FMM_REG16, FMM_ACC4(0), "%16, %17, %18, %19", "%20");
-    }
+    FMM_WGMMA("32", FMM_REG16, FMM_ACC4(0), "{%16, %17, %18, %19}, %20, 1, 1, 1, 1", "r"(a[0]),
+              "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
   } else {
-    if constexpr (kHalf) {
-      FMM_WGMMA_FRAG("64", "f16", FMM_REG32, FMM_ACC8(0), "%32, %33, %34, %35", "%36");
-    } else {
-      FMM_WGMMA_FRAG("64", "bf16", FMM_REG32, FMM_ACC8(0), "%32, %33, %34, %35", "%36");
-    }
+    FMM_WGMMA("64", FMM_REG32, FMM_ACC8(0), "{%32, %33, %34, %35}, %36, 1, 1, 1, 1", "r"(a[0]),
+              "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
   }
 }
 
-#undef FMM_WGMMA_FRAG
-#undef FMM_WGMMA_TILES
 #undef FMM_WGMMA
+#undef FMM_WGMMA_OF
 #undef FMM_REG32
 #undef FMM_REG16
 #undef FMM_REG8
