@@ -205,6 +205,29 @@ def test_scores_of_masked_keys_that_climb(op, backend, dtype):
     check(op, backend, tensors, options, dtype, reach=300)
 
 
+@pytest.mark.parametrize("level, slope", [(50, -1.0), (68, -0.25)], ids=["beyond", "between"])
+@on_each_dtype(DTYPES, "bi_attention")
+def test_masked_keys_above_all_others_of_a_row(op, backend, dtype, level, slope):
+    """By more than exponents of fp32 hold, in rows that are below others by as much."""
+    tensors = streams(op, 1, 1, 200, 40, 32, 32, 32)
+    kept = torch.arange(40)[None] < 30
+    tensors["qk_x"] *= 0.1
+    tensors["qk_x"][..., 0] = torch.tensor([1.0, -1.0]).repeat(100) * level
+    tensors["qk_y"][..., 0] = torch.where(kept[0], 1.0, slope)
+    options = dict(scale=1.0, return_lse=True, mask_y=kept)
+    check(op, backend, tensors, options, dtype, reach=level)
+
+
+@pytest.mark.parametrize("short", [40, 100])
+@on_each_dtype(DTYPES, "bi_attention")
+def test_columns_that_end_far_from_the_last_tile(op, backend, dtype, short):
+    """Their largest scores lie between those of tiles far apart, and some beyond reach of any."""
+    tensors = streams(op, 1, 1, 200, short, 32, 32, 32)
+    tensors["qk_x"][..., 0] = torch.tensor([100.0, -1.0, 100.0, -2.0]).repeat_interleave(64)[:200]
+    tensors["qk_y"][..., 0] = torch.tensor([0.5, 1.0, -1.0, 0.0]).repeat(25)[:short]
+    check(op, backend, tensors, dict(scale=1.0, return_lse=True), dtype, reach=100)
+
+
 @on_cuda
 @pytest.mark.parametrize("D", [32, 64, 128, 256])
 @pytest.mark.parametrize("short", [20, 50, 100, 200])

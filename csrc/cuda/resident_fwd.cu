@@ -57,9 +57,9 @@ __device__ inline void put_columns(float (&to)[S::kCols], const float (&x)[2 * S
   }
 }
 
-// New references from this tile's s: ref = max(ref, the column's maximum), top = max u, both over
-// rows that are keys; unit: what the column's sums refer to; alpha = 2^(old unit - unit). Returns
-// top, and whether p_col lies within e's reach.
+// New references from this tile's s: ref = max(ref, the column's maximum), top = max(top, u), both
+// over rows that are keys; unit: what the column's sums refer to; alpha = 2^(old unit - unit), at
+// most 2^80, for neither falls. Returns whether p_col lies within e's reach.
 template <bool kGain, typename S>
 __device__ inline bool set_references(Columns<S>& c, float& top, const float (&s)[S::kNT][4],
                                       const float (&u)[2], const bool (&keep)[2], float unit,
@@ -80,10 +80,8 @@ __device__ inline bool set_references(Columns<S>& c, float& top, const float (&s
   for (int step = 4; step < 32; step *= 2) mine = fmaxf(mine, __shfl_xor_sync(~0u, mine, step));
   if (lane == 0) c.top[warp] = mine;
   __syncthreads();  // orders the warps' maxima before their joint ones
-  top = -kInf;
 #pragma unroll
   for (int w = 0; w < S::kWarps; ++w) top = fmaxf(top, c.top[w]);
-  top = finite_or(top, 0.0f);
   bool lost = false;
   for (int n = threadIdx.x; n < S::kCols; n += S::kThreads) {
     float ref = c.ref[n];
@@ -143,7 +141,7 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
   auto p_at = spot_of(p_col, row0);
   if (kHold) p_at.at = kept_register(p_at.at);
   const int width_a = static_cast<int>(a.width_o);
-  float acc[kMC][kDC][4], total[2 * kNT], top = 0.0f;
+  float acc[kMC][kDC][4], total[2 * kNT], top = -kInf;
   clear(acc);
 #pragma unroll
   for (int i = 0; i < 2 * kNT; ++i) total[i] = 0.0f;
@@ -234,6 +232,9 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
           sum[i % 4 / 2] += x;
         }
         if (!kept.all) {
+          // Columns that are no keys may lie further above u than what brings p_col back to `top`.
+          over = pass == Pass::kMaxima &&
+                 ((keep[0] && !(sum[0] <= kNear)) || (keep[1] && !(sum[1] <= kNear)));
           sum[0] = sum[1] = 0.0f;
 #pragma unroll
           for (int i = 0; i < 4 * kNT; ++i) {
@@ -304,7 +305,7 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[0][n][i] *= r[i / 2] * (i % 2 ? gain.y : gain.x);
         }
-        over = !near || (keep[0] && u[0] - top > 40.0f) || (keep[1] && u[1] - top > 40.0f);
+        over = over || !near || (keep[0] && u[0] - top > 40.0f) || (keep[1] && u[1] - top > 40.0f);
       }
       if (!inside && !(keep[0] && keep[1])) {
 #pragma unroll
