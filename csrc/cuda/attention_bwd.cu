@@ -11,6 +11,8 @@
 namespace fmm::cuda {
 namespace {
 
+constexpr int kDeltaCols = 64;  // of rows that delta_kernel multiplies, at once
+
 // A finite number in base 2 near the lse of a head.
 __device__ inline float centre_of(const Pair& p, int head) {
   if (p.centre == nullptr) return 0.0f;
@@ -18,57 +20,59 @@ __device__ inline float centre_of(const Pair& p, int head) {
   return fabsf(c) < 1e30f ? c : 0.0f;
 }
 
-constexpr int kLanes = 8;             // a row of delta_kernel
-constexpr int kAtOnce = 32 / kLanes;  // rows a warp reads at once
-
-// rowsum(g * o) of row `first` + kAtOnce * (lane % kLanes) + lane / kLanes, 0 past the end.
+// rowsum(do * o) of rows `first` + lane, 0 past the end; all of a block's kStatRows rows lie in
+// `smem`, some columns at a time. It is the diagonal of a product, in the order of those of
+// ds_tile.
 template <typename T>
-__device__ inline float dot_rows(const Matrix<T>& o, const Matrix<T>& g, int first) {
-  constexpr int kPer16 = 16 / sizeof(T);
-  const int lane = threadIdx.x % kLanes, row0 = first + threadIdx.x % 32 / kLanes;
-  const T *o_row = o.data + row0 * o.stride_m, *g_row = g.data + row0 * g.stride_m;
-  const bool vectors = o.vectors && g.vectors && o.width % kPer16 == 0;
-  float sum[kLanes];
-#pragma unroll
-  for (int i = 0; i < kLanes; ++i) sum[i] = 0.0f;
-  for (int d = lane * kPer16; d < o.width; d += kLanes * kPer16) {
-    const T *x = o_row, *y = g_row;
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i, x += kAtOnce * o.stride_m, y += kAtOnce * g.stride_m) {
-      if (row0 + kAtOnce * i >= o.rows) break;
-      if (vectors) {
-        float a[kPer16], b[kPer16];
-        unpack<T>(a, load_global(x + d));
-        unpack<T>(b, load_global(y + d));
-#pragma unroll
-        for (int e = 0; e < kPer16; ++e) sum[i] = fmaf(a[e], b[e], sum[i]);
-      } else {
-#pragma unroll 1
-        for (int e = d; e < min(d + kPer16, o.width); ++e) {
-          sum[i] = fmaf(static_cast<float>(x[e * o.stride_d]),
-                        static_cast<float>(y[e * g.stride_d]), sum[i]);
-        }
-      }
-    }
+__device__ inline float dot_rows(Matrix<T> g, Matrix<T> o, int block0, uint32_t smem) {
+  using Of = Tile<T, kDeltaCols>;
+  const Of tile_g{smem}, tile_o{smem + kStatRows * Of::kRowBytes};
+  const Copier<kStatRows, Of> copier(false);
+  const Lanes<Of> lanes;
+  const int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 32;
+  float c[2][1][2][4];
+  clear(c[0]), clear(c[1]);
+  for (int left = g.width; left > 0; left -= kDeltaCols) {
+    g.width = o.width = min(left, kDeltaCols);
+    __syncthreads();  // orders the reads of the last columns before their overwriting
+    load_tile<kStatRows>(tile_g, g, block0, g.plain(kDeltaCols), copier);
+    load_tile<kStatRows>(tile_o, o, block0, o.plain(kDeltaCols), copier);
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();  // orders the writes of the tiles before their reads
+    unroll<2>([&](auto m) {
+      const int row = row0 + m * 16;
+      dot_tile(c[m], tile_g, row, Of{tile_o.base + row * Of::kRowBytes}, lanes);
+    });
+    g.data += kDeltaCols * g.stride_d, o.data += kDeltaCols * o.stride_d;
   }
-  sum_across<kLanes, 1>(sum);
-  return sum[0];
+  // Row r % 8 of eight is on the diagonal in lane r * 4 + r / 2.
+  const int r = lane % 8, from = r * 4 + r / 2;
+  const bool odd = lane / 4 % 2;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float* x = c[i / 2][0][i % 2] + i % 2 * 2;
+    const float theirs = __shfl_sync(~0u, odd ? x[1] : x[0], from);
+    if (lane / 8 == i) sum = theirs;
+  }
+  return sum;
 }
 
 // Statistics of kStatRows rows of pair[.].a a block, one a lane, see Stats; rows past the end get
 // harmless ones.
 template <typename T>
 __global__ void __launch_bounds__(kStatRows) delta_kernel(const __grid_constant__ Attention all) {
+  __shared__ __align__(1024) char smem[2 * kStatRows * Tile<T, kDeltaCols>::kRowBytes];
   const int side = blockIdx.x < all.first ? 0 : 1;
   const Pair& p = all.pair[side];
   const Stats& st = p.a.stats;
   const Place at(blockIdx.x - (side ? all.first : 0), st.padded / kStatRows, all.H);
   const int head = at.head, lane = threadIdx.x % 32;
-  const int first = at.block * kStatRows + threadIdx.x / 32 * 32;
-  const int row = first + lane % kLanes * kAtOnce + lane / kLanes;
+  const int block0 = at.block * kStatRows, row = block0 + static_cast<int>(threadIdx.x);
   const float centre = centre_of(p, head);
-  float delta = dot_rows(Matrix<T>(p.a.o_in, at.b, at.h, p.a.rows, p.a.width_o),
-                         Matrix<T>(p.a.d_o, at.b, at.h, p.a.rows, p.a.width_o), first);
+  const Matrix<T> g(p.a.d_o, at.b, at.h, p.a.rows, p.a.width_o);
+  const Matrix<T> o(p.a.o_in, at.b, at.h, p.a.rows, p.a.width_o);
+  float delta = dot_rows(g, o, block0, shared_address(smem));
   float hi = centre, lo = 0.0f;
   if (row < p.a.rows) {
     const double lse = p.a.lse[head * p.a.rows + row] * (1.0 / kLn2);
@@ -86,10 +90,8 @@ __global__ void __launch_bounds__(kStatRows) delta_kernel(const __grid_constant_
   }
   far = fabsf(far) <= 1e30f ? fabsf(far) : kInf;
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {  // 16 rows: half of the lanes of each that is read
-    if (step * kAtOnce != 16) far = fmaxf(far, __shfl_xor_sync(~0u, far, step));
-  }
-  if (lane < kLanes && lane % 4 == 0) st.far[head * (st.padded / 16) + row / 16] = far;
+  for (int step = 1; step < 16; step *= 2) far = fmaxf(far, __shfl_xor_sync(~0u, far, step));
+  if (lane % 16 == 0) st.far[head * (st.padded / 16) + row / 16] = far;
 }
 
 template <bool kRow, bool kCol, typename T, int kWidth, int kHeight>

@@ -20,25 +20,35 @@ constexpr int smem_bytes() {
 // holds p.
 constexpr float kMost = 2048.0f;
 
-// What a row of a lane's accumulators refers to: p = 2^(s + less), less = -max s of the tile that
-// set it, 0 before any key was seen.
+// What turns raw scores into p = 2^((s * unit + less) * step). fp32 takes the whole factor as step,
+// so that p of a row's largest score is 1 to the bit, however large that is.
+template <typename T>
+struct Units {
+  float unit, step;
+
+  __device__ explicit Units(float whole)
+      : unit(sizeof(T) == 4 ? 1.0f : whole), step(sizeof(T) == 4 ? whole : 1.0f) {}
+};
+
+// What a row of a lane's accumulators refers to: less = -max s * unit of the tile that set it, 0
+// before any key was seen.
 struct Reference {
   float less = 0.0f;
   bool known = false;
 };
 
 // A reference no lower than row r's scores, and its sums scaled to it.
-template <int kNT, int kDT>
+template <typename T, int kNT, int kDT>
 __device__ inline void raise_row(Reference& ref, float& total, float (&o)[kDT][4],
-                                 const float (&s)[kNT][4], int r, float unit) {
+                                 const float (&s)[kNT][4], int r, const Units<T>& by) {
   float most = -kInf;
 #pragma unroll
   for (int i = 0; i < 2 * kNT; ++i) most = fmaxf(most, s[i / 2][2 * r + i % 2]);
   // One rounding of the shift, which every later exponent repeats.
-  most = quad_max(most) * unit;
+  most = quad_max(most) * by.unit;
   if (ref.known) {
     most = fmaxf(most, -ref.less);
-    const float alpha = exp2_fast(-ref.less - most);
+    const float alpha = exp2_fast((-ref.less - most) * by.step);
     total *= alpha;
 #pragma unroll
     for (int i = 0; i < 2 * kDT; ++i) o[i / 2][2 * r + i % 2] *= alpha;
@@ -69,7 +79,7 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
   const Keep keep(p.b.keep, b);
   Sources<T>& walked = *(reinterpret_cast<Sources<T>*>(smem + smem_bytes<T, kWidth, S>()) - 1);
   if (threadIdx.x == 0) walked = Sources<T>(p.b, p.width, b, h, false, kWidth);
-  const float unit = unit_of(p);
+  const Units<T> by(unit_of(p));
 
   const Lanes<Tile<T, kWidth>> lanes;
   float o[kMT][kDT][4], total[kMT][2];
@@ -98,8 +108,8 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
     float s[kMT][kNT][4], part[kMT][2];
     bool again = false;
     do {
-      clear(s);
       if (!By::kTogether || again) {  // this warp alone
+        clear(s);
         dot_scores<kApart>(s, q, row0, t.qk, lanes);
       } else {
         By::template start_scores<kApart>(s, q, row0, t.qk, lanes);
@@ -122,7 +132,7 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
 #pragma unroll
         for (int i = 0; i < 2 * kMT; ++i) {
           const int m = i / 2, r = i % 2;
-          raise_row(ref[m][r], total[m][r], o[m], s[m], r, unit);
+          raise_row(ref[m][r], total[m][r], o[m], s[m], r, by);
           none = none || !ref[m][r].known;
         }
         raise = __any_sync(~0u, none);
@@ -134,7 +144,7 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
 #pragma unroll
         for (int n = 0; n < 2 * kNT; ++n) {
           float& x = s[m][n / 2][2 * r + n % 2];
-          x = exp2_fast(fmaf(x, unit, ref[m][r].less));
+          x = exp2_fast(fmaf(x, by.unit, ref[m][r].less) * by.step);
           part[m][r] = n ? part[m][r] + x : x;
         }
         over = over || !(part[m][r] <= kMost);
@@ -175,7 +185,8 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
       const int row = first + lane / 4 + 8 * r;
       if (lane % 4 == 0 && col0 == 0 && row < p.a.rows) {
         const float log2 = sizeof(T) == 4 ? log2f(sum) : log2_fast(sum);
-        const double lse2 = sum == 0.0f ? -kInf : static_cast<double>(log2) - ref[m][r].less;
+        const double top = -static_cast<double>(ref[m][r].less) * by.step;
+        const double lse2 = sum == 0.0f ? -kInf : top + log2;
         if (p.chunks > 1) {
           p.part_lse[part + row] = lse2;
         } else {

@@ -63,6 +63,8 @@ __device__ inline void load_stats(uint32_t to, const Stream& b, int head, int n0
 // probabilities after dropout. `cols`: b's statistics in shared memory.
 // By: how the warps multiply.
 //   ds = p_row * (do_a @ v_b.T - delta_a) + p_col * (v_a @ do_b.T - delta_b)
+// Where one key takes all of a softmax its o is v, and the difference 0: delta is a product of the
+// same order, see delta_kernel, and nothing is added before the subtraction.
 template <bool kRow, bool kCol, int kStatCols, typename By, typename T, int kNT, int kWidth,
           bool kHeld>
 __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4],
@@ -78,28 +80,11 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
   cols += lane % 4 * 8;
   // The products with v: of gradients of row results, of column results.
   float dp[1][kNT][4], delta_a[2];
-  // They start from -delta, unless dropout comes between.
-  const float sign = all.dropout.on ? 0.0f : -1.0f;
-  const auto seed = [&](auto row) {
-    if constexpr (row) {
-      a.delta(delta_a, p.a, head, row0, heads);
-#pragma unroll
-      for (int i = 0; i < kNT * 4; ++i) dp[0][i / 4][i % 4] = sign * delta_a[i % 4 / 2];
-    } else {
-      unroll<kNT>([&](auto n) {
-        const float2 delta = load_shared2<kDelta * kStride + n * 32>(cols);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dp[0][n][i] = sign * (i % 2 ? delta.y : delta.x);
-      });
-    }
-  };
   const auto start = [&](auto row) {
     By::start(dp, row ? ta.d_o : ta.v, local0, row ? tb.v : tb.d_o, lanes);
   };
   // Where warps multiply together the first of them goes on while probabilities are computed.
   constexpr std::bool_constant<kRow> first;
-  if constexpr (By::kTogether) seed(first), pin(dp);
-  clear(ds);
   By::start_scores(ds, ta.qk, local0, tb.qk, lanes);
   if constexpr (By::kTogether) start(first);
   By::template wait<1>(ds);
@@ -144,17 +129,17 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
   clear(ds);
   if constexpr (kRow) {
     const ColumnBits<kNT> kept(Keep(p.b.keep, b), n0, p.b.rows);
-    if constexpr (!By::kTogether) seed(std::true_type()), start(std::true_type());
+    if constexpr (!By::kTogether) start(std::true_type());
+    a.delta(delta_a, p.a, head, row0, heads);
     By::template wait<0>(dp);
     if (all.dropout.on) {
       on = drop_bits<kNT>(all.dropout, p.drop_a, p.flip, head, row0, n0);
       drop_tile(dp[0], on, all.dropout.factor);
-#pragma unroll
-      for (int i = 0; i < kNT * 4; ++i) dp[0][i / 4][i % 4] -= delta_a[i % 4 / 2];
     }
 #pragma unroll
     for (int i = 0; i < kNT * 4; ++i) {
-      ds[0][i / 4][i % 4] = pf_row[0][i / 4][i % 4] * dp[0][i / 4][i % 4];
+      const float less = dp[0][i / 4][i % 4] - delta_a[i % 4 / 2];
+      ds[0][i / 4][i % 4] = pf_row[0][i / 4][i % 4] * less;
     }
     if (!kept.all) {
 #pragma unroll
@@ -166,17 +151,17 @@ __device__ inline void ds_tile(float (&ds)[1][kNT][4], float (&pf_row)[1][kNT][4
   }
   if constexpr (kCol) {
     const ColumnBits<kNT> inside(Keep(), n0, p.b.rows);
-    if constexpr (kRow || !By::kTogether) seed(std::false_type()), start(std::false_type());
+    if constexpr (kRow || !By::kTogether) start(std::false_type());
     By::template wait<0>(dp);
     if (all.dropout.on) {
       on = drop_bits<kNT>(all.dropout, p.drop_b, p.flip, head, row0, n0);
       drop_tile(dp[0], on, all.dropout.factor);
-      unroll<kNT>([&](auto n) {
-        const float2 delta = load_shared2<kDelta * kStride + n * 32>(cols);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dp[0][n][i] -= i % 2 ? delta.y : delta.x;
-      });
     }
+    unroll<kNT>([&](auto n) {
+      const float2 delta = load_shared2<kDelta * kStride + n * 32>(cols);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dp[0][n][i] -= i % 2 ? delta.y : delta.x;
+    });
     if (!inside.all || !a.all()) {
 #pragma unroll
       for (int i = 0; i < kNT * 4; ++i) {

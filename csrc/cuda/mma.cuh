@@ -4,8 +4,9 @@
 // fp16 and bf16 multiply by m16n8k16. fp32 multiplies by m16n8k8 in 3xTF32: x = hi + lo, each with
 // 11 bits, so that hi*lo + lo*hi + hi*hi is off by at most 2^-21 of a product, an eighth of what
 // the contract allows; each k8 step starts from zero and is added in fp32, because tensor cores
-// truncate where they accumulate. Scores alone are sums of IEEE FMA in the order of k: under exp
-// their error counts absolutely, 1e4 * 2^-21 would be too much.
+// truncate where they accumulate, and a.T * b.T has the same bits as b * a. Scores alone are sums
+// of IEEE FMA in the order of k: under exp their error counts absolutely, 1e4 * 2^-21 would be too
+// much.
 //
 // With g = lane / 4 and t = lane % 4 a lane holds of c [16, 8]: c0, c1 = [g, 2t..2t+1] and
 // c2, c3 = [g + 8, 2t..2t+1].
@@ -62,9 +63,12 @@ template <typename T>
 __device__ inline void mma(float (&c)[4], const FragA<T>& a, const FragB<T>& b,
                            const float (&from)[4]) {
   if constexpr (sizeof(T) == 4) {
-    float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    mma_tf32(step, a.low, b.r, step);
-    mma_tf32(step, a.r, b.low, step);
+    constexpr float kZero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float step[4], other[4];
+    mma_tf32(step, a.low, b.r, kZero);
+    mma_tf32(other, a.r, b.low, kZero);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) step[i] += other[i];
     mma_tf32(step, a.r, b.r, step);
 #pragma unroll
     for (int i = 0; i < 4; ++i) c[i] = from[i] + step[i];

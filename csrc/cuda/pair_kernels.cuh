@@ -54,7 +54,6 @@ __global__ void __launch_bounds__(PairFwd<kWidth>::kThreads, 1)
   walk<S::kStages, By::kTogether>(0, block.end - block.begin, load, [&](int j, int stage) {
     const Tile<T, kWidth> y{stages + stage * kTileBytes};
     float s[S::kMT][S::kNT][4];
-    clear(s);
     By::start(s, x, static_cast<int>(threadIdx.x) / 32 * 16 * S::kMT, y, lanes);
     By::template wait<0>(s);
     forward.tile(s, (block.begin + j) * S::kCols);
@@ -255,7 +254,6 @@ __global__ void __launch_bounds__(PairBwd<kWidth>::kThreads, 1)
     const Tile<T, kWidth> t{base + L::kOwn + stage * L::kWalked};
     if (j == 0) ds.begin();
     float x[S::kMT][S::kNT][4];
-    clear(x);
     By::start(x, own, row0, t, lanes);
     By::template wait<0>(x);
     const float* cols = reinterpret_cast<const float*>(smem + facts(stage));

@@ -28,6 +28,14 @@ __device__ inline void pin(float (&c)[kMT][kNT][4]) {
     asm volatile("" : "+f"(c[i / (kNT * 4)][i / 4 % kNT][i % 4])::"memory");
   }
 }
+// Accumulators with no value yet, and none that an instruction would write.
+template <int kMT, int kNT>
+__device__ inline void leave(float (&c)[kMT][kNT][4]) {
+#pragma unroll
+  for (int i = 0; i < kMT * kNT * 4; ++i) {
+    asm volatile("" : "=f"(c[i / (kNT * 4)][i / 4 % kNT][i % 4])::"memory");
+  }
+}
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -55,16 +63,17 @@ __device__ inline void wgmma_wait() {
     asm volatile(FMM_WGMMA_OF(cols, "bf16", regs, tail) : acc : __VA_ARGS__ : "memory"); \
   }
 
-// c [64, 8 * kNT] += a [64, 16] @ b.T, b [8 * kNT, 16]; descriptors of tiles.
-template <typename T, int kNT>
+// c [64, 8 * kNT] += a [64, 16] @ b.T, b [8 * kNT, 16]; descriptors of tiles. Without kAdd c is
+// set.
+template <typename T, int kNT, bool kAdd>
 __device__ inline void wgmma_tiles(float (*c)[4], uint64_t a, uint64_t b) {
   static_assert(sizeof(T) == 2 && (kNT == 2 || kNT == 4 || kNT == 8));
   if constexpr (kNT == 2) {
-    FMM_WGMMA("16", FMM_REG8, FMM_ACC2(0), "%8, %9, 1, 1, 1, 0, 0", "l"(a), "l"(b))
+    FMM_WGMMA("16", FMM_REG8, FMM_ACC2(0), "%8, %9, %10, 1, 1, 0, 0", "l"(a), "l"(b), "n"(kAdd))
   } else if constexpr (kNT == 4) {
-    FMM_WGMMA("32", FMM_REG16, FMM_ACC4(0), "%16, %17, 1, 1, 1, 0, 0", "l"(a), "l"(b))
+    FMM_WGMMA("32", FMM_REG16, FMM_ACC4(0), "%16, %17, %18, 1, 1, 0, 0", "l"(a), "l"(b), "n"(kAdd))
   } else {
-    FMM_WGMMA("64", FMM_REG32, FMM_ACC8(0), "%32, %33, 1, 1, 1, 0, 0", "l"(a), "l"(b))
+    FMM_WGMMA("64", FMM_REG32, FMM_ACC8(0), "%32, %33, %34, 1, 1, 0, 0", "l"(a), "l"(b), "n"(kAdd))
   }
 }
 
@@ -103,10 +112,10 @@ __device__ inline uint64_t descriptor(Tile<T, kWidth> tile, int row) {
   return kSwizzle << 62 | kEight << 32 | uint64_t{1} << 16 | (at & 0x3FFFF) >> 4;
 }
 
-// How a kernel's warps multiply, each alone or four together: dot_tile, dot_scores, dot_regs and
-// dot_frags of mma.cuh. A warp's rows: from `row` on, the m-th 16 of them kApart * m further.
-// What is started is there after a wait that leaves at most as many as were started later; warps
-// alone do not wait.
+// How a kernel's warps multiply, each alone or four together: dot_tile and dot_scores of mma.cuh,
+// which set c here, and dot_regs and dot_frags, which add to it. A warp's rows: from `row` on, the
+// m-th 16 of them kApart * m further. What is started is there after a wait that leaves at most as
+// many as were started later; warps alone do not wait.
 template <bool kFour>
 struct Dots {
   static constexpr bool kTogether = kFour;
@@ -117,16 +126,17 @@ struct Dots {
     if constexpr (kFour) {
       static_assert(kMT == 1 || kApart % 64 == 0);
       const uint64_t from_a = descriptor(a, row & ~63), from_b = descriptor(b, 0);
-      pin(c);
+      leave(c);
       wgmma_fence();
       unroll<kMT * kWidth / 16>([&](auto i) {
         constexpr int m = i / (kWidth / 16), k = i % (kWidth / 16) * 32;
         constexpr int kOn = (k % 128 + Tile<T, kWidth>::across(k)) / 16;
         constexpr int kRow = m * kApart * Tile<T, kWidth>::kRowBytes / 16;
-        wgmma_tiles<T, kNT>(c[m], from_a + kRow + kOn, from_b + kOn);
+        wgmma_tiles<T, kNT, (k > 0)>(c[m], from_a + kRow + kOn, from_b + kOn);
       });
       wgmma_commit();
     } else {
+      clear(c);
       dot_tile<kApart>(c, a, row, b, lanes);
     }
   }
@@ -136,6 +146,7 @@ struct Dots {
     if constexpr (kFour) {
       start<kApart>(c, a, row, b, lanes);
     } else {
+      clear(c);
       dot_scores<kApart>(c, a, row, b, lanes);
     }
   }
