@@ -30,15 +30,13 @@ test-recipes: build
 	$(PY) -m pytest -q -m recipe tests/test_recipes.py $(ARGS)
 
 # GPU tests: on a real GPU if there is one, else on the virtual one, as sm_80 and as sm_90. Without
-# GPU_TESTS= they are the simulator's own, those of the GPU kernels, and of the suites what these do
-# not try. GPU_TESTS=tests is all suites, which take far longer on the virtual GPU.
-SUITES := tests/test_bi_attention.py::TestBiAttention tests/test_co_attention.py::TestCoAttention \
-	tests/test_contrastive_loss.py::TestContrastiveLoss tests/test_sigmoid_loss.py::TestSigmoidLoss
-GPU_SUITES := $(foreach suite,$(SUITES), \
-	$(suite)::test_compiles_with_inductor $(suite)::test_autocast) \
-	$(firstword $(SUITES))::test_far_apart_rows_and_columns \
-	tests/test_contrastive_loss.py::test_rows_in_one_pass
-GPU_TESTS ?= tests/vgpu tests/test_gpu.py tests/test_cuda_launch.py $(GPU_SUITES)
+# GPU_TESTS= they are the simulator's own, those of the GPU kernels, and of the suites all on the
+# compiled kernels and of Triton's what the others do not try: each of its cases is compiled anew.
+# GPU_TESTS=tests is all there are, which takes far longer on the virtual GPU.
+SUITES := $(foreach op,bi_attention co_attention contrastive_loss sigmoid_loss,tests/test_$(op).py)
+TRITON_TOO := test_gpu or test_vgpu or inductor or autocast or far_apart or rows_in_one_pass
+GPU_TESTS ?= tests/vgpu tests/test_gpu.py tests/test_cuda_launch.py $(SUITES) \
+	-k "not triton or $(TRITON_TOO)"
 test-gpu: build cuda
 	PYTHONPATH=tests $(PY) -m vgpu test $(ARGS) -- $(GPU_TESTS)
 

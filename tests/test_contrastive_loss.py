@@ -108,10 +108,11 @@ class TestContrastiveLoss(PairLossSuite):
         case = self.case(SQUARE, device=device)
         ids = torch.randperm(131).expand(2, 131).to(device) * 2**40  # beyond 32 bits
         want = harness.run(harness.accepted(case, backend), backend)
+        rtol, atol = (1e-6, 1e-7) if device == "cpu" else (1e-5, 1e-6)
         for mode in ("positive", "ignore"):
             got = harness.run(case.replace(ids_x=ids, ids_y=ids, duplicates=mode), backend)
             for name, t in got.items():
-                torch.testing.assert_close(t, want[name], rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(t, want[name], rtol=rtol, atol=atol)
 
     @pytest.mark.parametrize("scale", [40.0, 100.0, 200.0], ids=str)
     def test_well_fitted_pairs(self, backend, device, scale):
@@ -203,7 +204,8 @@ class TestContrastiveLoss(PairLossSuite):
 
     @pytest.mark.parametrize("bad", [NAN, float("inf")], ids=["nan", "inf"])
     def test_bad_row_stays_in_its_row(self, backend, device, dtype, bad):
-        """Row i of x reaches loss_x[i] alone; it is part of every column."""
+        """Row i of x reaches loss_x[i] alone; it is part of every column. On a GPU rows share what
+        their exponents refer to, which moves others by a rounding."""
         clean = self.case(SQUARE, dtype, device=device, direction="x")
         dirty = clean.tensors["x"].clone()
         dirty[0, 7, 2] = bad
@@ -211,7 +213,8 @@ class TestContrastiveLoss(PairLossSuite):
         got = fused(clean.replace(x=dirty), backend)[0]
         keep = torch.ones_like(got, dtype=torch.bool)
         keep[0, 7] = False
-        torch.testing.assert_close(got[keep], want[keep], atol=0, rtol=0)
+        rtol = 0 if device == "cpu" else 1e-6
+        torch.testing.assert_close(got[keep], want[keep], atol=0, rtol=rtol)
         assert not got[0, 7].isfinite()
 
     def test_repeated_rows_share_their_target(self, backend, device):

@@ -169,7 +169,7 @@ void share_walks(Attention& all, const Kernel& k, const at::Tensor& on) {
   const int64_t even = std::max(walked / (kBlocks * multiprocessors(on)), kLeast);
   for (Pair& p : all.pair) {
     const int64_t wanted = std::max((p.b.rows + even / 2) / even, int64_t{1});
-    p.chunk = tiles_of(tiles_of(p.b.rows, kWhole), wanted) * kWhole;
+    p.chunk = std::max(tiles_of(tiles_of(p.b.rows, kWhole), wanted), int64_t{1}) * kWhole;
     p.chunks = std::max(tiles_of(p.b.rows, p.chunk), int64_t{1});
   }
   if (all.pair[0].chunk < all.pair[1].chunk) std::swap(all.pair[0], all.pair[1]);
