@@ -37,15 +37,16 @@ struct Reference {
   bool known = false;
 };
 
-// A reference no lower than row r's scores, and its sums scaled to it.
+// If `wanted`, a reference no lower than row r's scores, and its sums scaled to it.
 template <typename T, int kNT, int kDT>
-__device__ inline void raise_row(Reference& ref, float& total, float (&o)[kDT][4],
+__device__ inline void raise_row(bool wanted, Reference& ref, float& total, float (&o)[kDT][4],
                                  const float (&s)[kNT][4], int r, const Units<T>& by) {
   float most = -kInf;
 #pragma unroll
   for (int i = 0; i < 2 * kNT; ++i) most = fmaxf(most, s[i / 2][2 * r + i % 2]);
   // One rounding of the shift, which every later exponent repeats.
   most = quad_max(most) * by.unit;
+  if (!wanted) return;
   if (ref.known) {
     most = fmaxf(most, -ref.less);
     const float alpha = exp2_fast((-ref.less - most) * by.step);
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
   const Lanes<Tile<T, kWidth>> lanes;
   float o[kMT][kDT][4], total[kMT][2];
   Reference ref[kMT][2];
-  bool raise = true;  // some rows have none; else they stay, and a tile takes no maximum
+  bool raise = true;  // some rows have none; the others stay, and a tile takes no maximum
   clear(o);
 #pragma unroll
   for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] = 0.0f;
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
     const int n0 = j * S::kCols;
     const ColumnBits<kNT> kept(keep, n0, p.b.rows);
     float s[kMT][kNT][4], part[kMT][2];
-    bool again = false;
+    bool raised[kMT][2] = {}, again = false;  // again: the references of some rows do not serve
     do {
       if (!By::kTogether || again) {  // this warp alone
         clear(s);
@@ -126,13 +127,15 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
           }
         }
       }
-      const bool anew = raise;
-      if (anew) {
+      if (raise || again) {
         bool none = false;
 #pragma unroll
         for (int i = 0; i < 2 * kMT; ++i) {
           const int m = i / 2, r = i % 2;
-          raise_row(ref[m][r], total[m][r], o[m], s[m], r, by);
+          const uint32_t over = again ? __ballot_sync(~0u, !(part[m][r] <= kMost)) : 0;
+          const bool wanted = !ref[m][r].known || (!raised[m][r] && (over >> (lane & 28) & 15));
+          raise_row(wanted, ref[m][r], total[m][r], o[m], s[m], r, by);
+          raised[m][r] = raised[m][r] || wanted;
           none = none || !ref[m][r].known;
         }
         raise = __any_sync(~0u, none);
@@ -147,10 +150,9 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
           x = exp2_fast(fmaf(x, by.unit, ref[m][r].less) * by.step);
           part[m][r] = n ? part[m][r] + x : x;
         }
-        over = over || !(part[m][r] <= kMost);
+        over = over || (!raised[m][r] && !(part[m][r] <= kMost));
       }
-      again = !anew && __any_sync(~0u, over);
-      raise = raise || again;
+      again = __any_sync(~0u, over);
     } while (again);
 #pragma unroll
     for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] += part[i / 2][i % 2];

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
   using L = Layout<T, kWidth, S>;
   constexpr int kNT = S::kNT, kMC = S::kMC, kDC = S::kDC, kSteps = kCols / kStep<T>;
   constexpr bool kGain = std::is_same_v<T, __half>;
-  constexpr bool kHold = kCols < 128 && S::kBlocks == 1;  // a lane's places in registers
+  constexpr bool kHold = kCols < 64 || (kCols == 64 && S::kBlocks == 1);  // places in registers
   static_assert(S::kMT == 1 && sizeof(T) == 2);
   extern __shared__ __align__(1024) char smem[];
   const Attention& all = p.all;
@@ -166,6 +166,7 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
       keep[0] = row < a.rows && keys.at(row), keep[1] = row + 8 < a.rows && keys.at(row + 8);
     }
     float s[1][kNT][4], u[2], part[kNT][2];
+    bool near_top[2] = {false, false};  // rows that refer to it in Pass::kMaxima too
     // Also where there is one key, whose p is 1 then, without a rounding.
     Pass pass = kGain || stale || other.rows == 1 ? Pass::kMaxima : Pass::kTop;
     while (true) {
@@ -196,7 +197,8 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
               most = fmaxf(most, kept.has(i / 2, i) ? s[0][i / 2][2 * r + i % 2] : -kInf);
             }
           }
-          u[r] = finite_or(quad_max(most) * unit, 0.0f);
+          const float own = finite_or(quad_max(most) * unit, 0.0f);
+          u[r] = near_top[r] ? top : own;
         }
       }
       bool near = true, over = false;
@@ -243,8 +245,9 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
         }
         sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
         if (!kGain && pass == Pass::kTop) {
-          const float least = fminf(sum[0], sum[1]), most = fmaxf(sum[0], sum[1]);
-          if (__any_sync(~0u, !(least >= 1.0f / kNear && most <= kNear))) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) near_top[r] = sum[r] >= 1.0f / kNear && sum[r] <= kNear;
+          if (!__all_sync(~0u, near_top[0] && near_top[1])) {
             pass = Pass::kMaxima;
             continue;
           }
