@@ -121,7 +121,7 @@ struct ResidentFwd<32, 64> : ResidentShape<32, 64, 64, 4, 2, 32, 3> {};
 template <>
 struct ResidentFwd<32, 128> : ResidentShape<32, 128, 128, 8, 2, 16> {};
 template <>
-struct ResidentFwd<64, 32> : ResidentShape<64, 64, 32, 4, 2, 32, 3> {};  // by counts
+struct ResidentFwd<64, 32> : ResidentShape<64, 32, 32, 2, 2, 32, 6> {};  // by counts
 template <>
 struct ResidentFwd<64, 64> : ResidentShape<64, 64, 64, 4, 2, 64> {};
 template <>
