@@ -251,6 +251,26 @@ def test_one_key(op, backend, dtype, sizes):
     torch.testing.assert_close(one, alone.double().expand_as(one), rtol=0, atol=atol)
 
 
+@on_cuda
+@pytest.mark.parametrize("size", [60, 150], ids=["resident", "long"])
+@pytest.mark.parametrize("op", ["bi_attention", "co_attention"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_that_take_all(op, dtype, size):
+    """Where one key's probability is 1 the gradients of its scores cancel, as eager's do: in all
+    rows of 16-bit types; in fp32 where the result is the key's value to the bit."""
+    tensors = streams(op, 1, 2, size, size, 64, 64, 64)
+    partners = [("qk_x", "qk_y")] if op == "bi_attention" else [("q_x", "k_y"), ("q_y", "k_x")]
+    for name, other in partners:
+        tensors[other] = tensors[other].sign()
+        tensors[name] = 1000 * tensors[other]  # scores of 8000 with the same token of the other
+    tensors = {k: t.to(dtype) for k, t in tensors.items()}
+    grads = dict(zip(tensors, outcome(op, tensors, {}, "cuda", "cuda", dtype)[2:], strict=True))
+    for name, grad in grads.items():
+        if name[0] in "qk":
+            exact = (grad == 0).all(-1).double().mean()
+            assert exact >= (0.5 if dtype == torch.float32 else 1.0), f"{name}: {exact:.3f}"
+
+
 @on_each_dtype((torch.bfloat16,), "bi_attention", "co_attention")
 def test_tiles_of_a_full_device(op, backend, dtype, monkeypatch):
     """Larger tiles where enough programs remain for every processor."""
