@@ -30,32 +30,27 @@ struct Units {
       : unit(sizeof(T) == 4 ? 1.0f : whole), step(sizeof(T) == 4 ? whole : 1.0f) {}
 };
 
-// What a row of a lane's accumulators refers to: less = -max s * unit of the tile that set it, 0
-// before any key was seen.
-struct Reference {
-  float less = 0.0f;
-  bool known = false;
-};
-
-// If `wanted`, a reference no lower than row r's scores, and its sums scaled to it.
+// If `wanted`, a reference `less` = -max s * unit no lower than row r's scores, and its sums scaled
+// to it; `known`: it had one. Returns whether it has: where no key was seen yet `less` is 0.
 template <typename T, int kNT, int kDT>
-__device__ inline void raise_row(bool wanted, Reference& ref, float& total, float (&o)[kDT][4],
-                                 const float (&s)[kNT][4], int r, const Units<T>& by) {
+__device__ inline bool raise_row(bool wanted, bool known, float& less, float& total,
+                                 float (&o)[kDT][4], const float (&s)[kNT][4], int r,
+                                 const Units<T>& by) {
   float most = -kInf;
 #pragma unroll
   for (int i = 0; i < 2 * kNT; ++i) most = fmaxf(most, s[i / 2][2 * r + i % 2]);
   // One rounding of the shift, which every later exponent repeats.
   most = quad_max(most) * by.unit;
-  if (!wanted) return;
-  if (ref.known) {
-    most = fmaxf(most, -ref.less);
-    const float alpha = exp2_fast((-ref.less - most) * by.step);
+  if (!wanted) return known;
+  if (known) {
+    most = fmaxf(most, -less);
+    const float alpha = exp2_fast((-less - most) * by.step);
     total *= alpha;
 #pragma unroll
     for (int i = 0; i < 2 * kDT; ++i) o[i / 2][2 * r + i % 2] *= alpha;
   }
-  ref.known = most != -kInf;
-  ref.less = ref.known ? -most : 0.0f;
+  less = most == -kInf ? 0.0f : -most;
+  return most != -kInf;
 }
 
 // A block owns kRows queries of one head and walks the keys; p stays in registers.
@@ -83,12 +78,13 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
   const Units<T> by(unit_of(p));
 
   const Lanes<Tile<T, kWidth>> lanes;
-  float o[kMT][kDT][4], total[kMT][2];
-  Reference ref[kMT][2];
-  bool raise = true;  // some rows have none; the others stay, and a tile takes no maximum
+  float o[kMT][kDT][4], total[kMT][2], less[kMT][2];
+  // A bit a row of the lane that has a reference. It stays, and a tile takes no maximum.
+  uint32_t known = 0;
+  bool raise = true;  // some rows have none
   clear(o);
 #pragma unroll
-  for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] = 0.0f;
+  for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] = less[i / 2][i % 2] = 0.0f;
 
   const Copier<S::kThreads, Tile<T, kWidth>> copier(S::kBlocks == 1);
   const Matrix<T> queries(p.a.qk, b, h, p.a.rows, p.width);
@@ -107,8 +103,8 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
     const int n0 = j * S::kCols;
     const ColumnBits<kNT> kept(keep, n0, p.b.rows);
     float s[kMT][kNT][4], part[kMT][2];
-    bool raised[kMT][2] = {}, again = false;  // again: the references of some rows do not serve
-    do {
+    // Again where the references of some rows do not serve.
+    for (bool again = false;; again = true) {
       if (!By::kTogether || again) {  // this warp alone
         clear(s);
         dot_scores<kApart>(s, q, row0, t.qk, lanes);
@@ -128,17 +124,22 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
         }
       }
       if (raise || again) {
-        bool none = false;
+        uint32_t stale = ~known;
+        if (again) {
+#pragma unroll
+          for (int i = 0; i < 2 * kMT; ++i) {
+            const uint32_t over = __ballot_sync(~0u, !(part[i / 2][i % 2] <= kMost));
+            stale |= uint32_t{(over >> (lane & 28) & 15) != 0} << i;
+          }
+        }
 #pragma unroll
         for (int i = 0; i < 2 * kMT; ++i) {
           const int m = i / 2, r = i % 2;
-          const uint32_t over = again ? __ballot_sync(~0u, !(part[m][r] <= kMost)) : 0;
-          const bool wanted = !ref[m][r].known || (!raised[m][r] && (over >> (lane & 28) & 15));
-          raise_row(wanted, ref[m][r], total[m][r], o[m], s[m], r, by);
-          raised[m][r] = raised[m][r] || wanted;
-          none = none || !ref[m][r].known;
+          const bool had = known >> i & 1, wanted = stale >> i & 1;
+          const bool has = raise_row(wanted, had, less[m][r], total[m][r], o[m], s[m], r, by);
+          known |= uint32_t{has} << i;
         }
-        raise = __any_sync(~0u, none);
+        raise = __any_sync(~0u, known + 1 != 1u << 2 * kMT);
       }
       bool over = false;
 #pragma unroll
@@ -147,13 +148,13 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
 #pragma unroll
         for (int n = 0; n < 2 * kNT; ++n) {
           float& x = s[m][n / 2][2 * r + n % 2];
-          x = exp2_fast(fmaf(x, by.unit, ref[m][r].less) * by.step);
+          x = exp2_fast(fmaf(x, by.unit, less[m][r]) * by.step);
           part[m][r] = n ? part[m][r] + x : x;
         }
-        over = over || (!raised[m][r] && !(part[m][r] <= kMost));
+        over = over || !(part[m][r] <= kMost);
       }
-      again = __any_sync(~0u, over);
-    } while (again);
+      if (again || !__any_sync(~0u, over)) break;
+    }
 #pragma unroll
     for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] += part[i / 2][i % 2];
     if (all.dropout.on) {
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
       const int row = first + lane / 4 + 8 * r;
       if (lane % 4 == 0 && col0 == 0 && row < p.a.rows) {
         const float log2 = sizeof(T) == 4 ? log2f(sum) : log2_fast(sum);
-        const double top = -static_cast<double>(ref[m][r].less) * by.step;
+        const double top = -static_cast<double>(less[m][r]) * by.step;
         const double lse2 = sum == 0.0f ? -kInf : top + log2;
         if (p.chunks > 1) {
           p.part_lse[part + row] = lse2;

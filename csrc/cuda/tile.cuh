@@ -396,11 +396,11 @@ __device__ inline void walk(int from, int n, const Load& load, const Body& body)
       fence_async_reads<kWgmma>();
       __syncthreads();  // orders tile j's writes before its reads, reads of j - 1 before new writes
       const int next = j + kStages - 1;
-      const int free = stage == 0 ? kStages - 1 : stage - 1;
+      const int free = kStages == 2 ? stage ^ 1 : stage == 0 ? kStages - 1 : stage - 1;
       if (next < n) load(next, free);
       cp_async_commit();
       body(j, stage);
-      stage = stage == kStages - 1 ? 0 : stage + 1;
+      stage = kStages == 2 ? free : stage == kStages - 1 ? 0 : stage + 1;
     }
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
