@@ -28,6 +28,14 @@ def accepted(case: Case, backend: str) -> Case:
     return case
 
 
+def skip_inexact_deltas(backend: str, dtype: torch.dtype) -> None:
+    """Skips where do * o may differ from do * v though o is v, or o from v."""
+    if backend == "triton":
+        pytest.skip("rowsum(do * o) and do * v are summed in different orders there")
+    if backend == "cuda" and dtype == torch.float32:
+        pytest.skip("the halves that 3xTF32 takes of o may be others than those of v")
+
+
 def check_oracle(case: Case, backend: str) -> None:
     """Outputs and gradients are as near to fp64 as eager's, within factor 2 and tolerance."""
     testing.assert_no_worse_than_eager(accepted(case, backend), backend)

@@ -210,8 +210,7 @@ class AttentionSuite(OpSuite):
     @pytest.mark.parametrize("sizes", [(1, 133), (133, 1), (1, 1)], ids=str)
     def test_one_key_takes_no_gradient(self, backend, device, dtype, sizes):
         """A softmax over one key is 1 whatever its score: not even rounding reaches the query."""
-        if backend in ("triton", "cuda"):
-            pytest.skip("rowsum(do * o) and do * v are summed in different orders there")
+        harness.skip_inexact_deltas(backend, dtype)
         shape = AttentionShape(2, 2, *sizes, 96, 160)
         case = self.case(shape, dtype, device=device, gain=30.0, return_lse=False, mask=False)
         case = case.leaves()
@@ -227,8 +226,9 @@ class AttentionSuite(OpSuite):
     @pytest.mark.parametrize("sizes", [(3, 261), (133, 261)], ids=str)
     def test_one_key_of_many_takes_no_gradient(self, backend, device, dtype, sizes):
         """Where all others underflow, dp and its correction are the same product of do and v."""
-        if backend != "cpu":
-            pytest.skip("rowsum(do * o) and do * v are summed in different orders there")
+        if backend == "reference":
+            pytest.skip("its products are torch's, summed in an order of their own")
+        harness.skip_inexact_deltas(backend, dtype)
         shape = AttentionShape(2, 2, *sizes, 96, 100)
         case = self.case(shape, dtype, device=device, return_lse=False, mask=False)
         queries, keys = list(case.tensors)[0], list(case.tensors)[1 if "bi" in self.op else 4]
