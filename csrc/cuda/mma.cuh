@@ -4,9 +4,9 @@
 // fp16 and bf16 multiply by m16n8k16. fp32 multiplies by m16n8k8 in 3xTF32: x = hi + lo, each with
 // 11 bits, so that hi*lo + lo*hi + hi*hi is off by at most 2^-21 of a product, an eighth of what
 // the contract allows; each k8 step starts from zero and is added in fp32, because tensor cores
-// truncate where they accumulate, and a.T * b.T has the same bits as b * a. Scores alone are sums
-// of IEEE FMA in the order of k: under exp their error counts absolutely, 1e4 * 2^-21 would be too
-// much.
+// truncate where they accumulate, and its two mixed terms are added to each other, so that a * b
+// and b * a have the same bits. Scores alone are sums of IEEE FMA in the order of k: under exp
+// their error counts absolutely, 1e4 * 2^-21 would be too much.
 //
 // With g = lane / 4 and t = lane % 4 a lane holds of c [16, 8]: c0, c1 = [g, 2t..2t+1] and
 // c2, c3 = [g + 8, 2t..2t+1].
