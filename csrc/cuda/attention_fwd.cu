@@ -1,6 +1,8 @@
 // Forward of one softmax direction: o = softmax(s, keys) @ v and lse in one walk over the keys, for
 // both directions of a call in one launch. Serves co_attention, and bi_attention where both streams
 // are long. Few queries share their keys among blocks.
+#include <cfloat>
+
 #include "attention_kernels.h"
 #include "softmax.cuh"
 #include "sources.cuh"
@@ -30,27 +32,28 @@ struct Units {
       : unit(sizeof(T) == 4 ? 1.0f : whole), step(sizeof(T) == 4 ? whole : 1.0f) {}
 };
 
-// If `wanted`, a reference `less` = -max s * unit no lower than row r's scores, and its sums scaled
-// to it; `known`: it had one. Returns whether it has: where no key was seen yet `less` is 0.
+// The reference of a row that has none: no key is below it, and p of a later one overflows.
+constexpr float kNone = FLT_MAX;
+
+// If `wanted`, a reference `less` = -max s * unit no lower than row r's scores, and its sums, if
+// any, scaled to it.
 template <typename T, int kNT, int kDT>
-__device__ inline bool raise_row(bool wanted, bool known, float& less, float& total,
+__device__ inline void raise_row(bool wanted, bool sums, float& less, float& total,
                                  float (&o)[kDT][4], const float (&s)[kNT][4], int r,
                                  const Units<T>& by) {
   float most = -kInf;
 #pragma unroll
   for (int i = 0; i < 2 * kNT; ++i) most = fmaxf(most, s[i / 2][2 * r + i % 2]);
   // One rounding of the shift, which every later exponent repeats.
-  most = quad_max(most) * by.unit;
-  if (!wanted) return known;
-  if (known) {
-    most = fmaxf(most, -less);
-    const float alpha = exp2_fast((-less - most) * by.step);
+  const float lower = fminf(quad_max(most) * -by.unit, less);
+  if (!wanted) return;
+  if (sums) {
+    const float alpha = exp2_fast((lower - less) * by.step);
     total *= alpha;
 #pragma unroll
     for (int i = 0; i < 2 * kDT; ++i) o[i / 2][2 * r + i % 2] *= alpha;
   }
-  less = most == -kInf ? 0.0f : -most;
-  return most != -kInf;
+  less = lower;
 }
 
 // A block owns kRows queries of one head and walks the keys; p stays in registers.
@@ -72,19 +75,16 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
   constexpr uint32_t kTileBytes = S::kCols * kWidth * sizeof(T);
   const Tile<T, kWidth> q{shared_address(smem)};
   const uint32_t stages = q.base + S::kRows * kWidth * sizeof(T);
-  const Keep keep(p.b.keep, b);
   Sources<T>& walked = *(reinterpret_cast<Sources<T>*>(smem + smem_bytes<T, kWidth, S>()) - 1);
   if (threadIdx.x == 0) walked = Sources<T>(p.b, p.width, b, h, false, kWidth);
   const Units<T> by(unit_of(p));
 
   const Lanes<Tile<T, kWidth>> lanes;
   float o[kMT][kDT][4], total[kMT][2], less[kMT][2];
-  // A bit a row of the lane that has a reference. It stays, and a tile takes no maximum.
-  uint32_t known = 0;
-  bool raise = true;  // some rows have none
+  bool start = true;
   clear(o);
 #pragma unroll
-  for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] = less[i / 2][i % 2] = 0.0f;
+  for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] = 0.0f, less[i / 2][i % 2] = kNone;
 
   const Copier<S::kThreads, Tile<T, kWidth>> copier(S::kBlocks == 1);
   const Matrix<T> queries(p.a.qk, b, h, p.a.rows, p.width);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
   walk<S::kStages, By::kTogether>(first, end, load, [&](int j, int stage) {
     const Tiles<T, kWidth> t = tiles(stage);
     const int n0 = j * S::kCols;
-    const ColumnBits<kNT> kept(keep, n0, p.b.rows);
+    const ColumnBits<kNT> kept(walked.v.keep, n0, p.b.rows);
     float s[kMT][kNT][4], part[kMT][2];
     // Again where the references of some rows do not serve.
     for (bool again = false;; again = true) {
@@ -123,23 +123,19 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
           }
         }
       }
-      if (raise || again) {
-        uint32_t stale = ~known;
-        if (again) {
-#pragma unroll
-          for (int i = 0; i < 2 * kMT; ++i) {
-            const uint32_t over = __ballot_sync(~0u, !(part[i / 2][i % 2] <= kMost));
-            stale |= uint32_t{(over >> (lane & 28) & 15) != 0} << i;
-          }
-        }
+      // References stay: a tile takes no maximum.
+      if (start || again) {
 #pragma unroll
         for (int i = 0; i < 2 * kMT; ++i) {
           const int m = i / 2, r = i % 2;
-          const bool had = known >> i & 1, wanted = stale >> i & 1;
-          const bool has = raise_row(wanted, had, less[m][r], total[m][r], o[m], s[m], r, by);
-          known |= uint32_t{has} << i;
+          bool wanted = true;
+          if (again) {
+            const uint32_t over = __ballot_sync(~0u, !(part[m][r] <= kMost));
+            wanted = over >> (lane & 28) & 15;
+          }
+          raise_row(wanted, again, less[m][r], total[m][r], o[m], s[m], r, by);
         }
-        raise = __any_sync(~0u, known + 1 != 1u << 2 * kMT);
+        start = false;
       }
       bool over = false;
 #pragma unroll
