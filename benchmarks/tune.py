@@ -66,7 +66,8 @@ def tune_row(op: str, row: dict) -> dict:
     dtype = {16: torch.bfloat16, 32: torch.float32}[row["bits"]]
     shapes = ATTENTION if op.endswith("attention") else ((LOSS, LOSS),)
     runs = [call(op, dtype, row["width"], sizes) for sizes in shapes]
-    tiles = [dict(zip(CANDIDATES, c, strict=True)) for c in itertools.product(*CANDIDATES.values())]
+    sizes = {k: v for k, v in CANDIDATES.items() if k in row["tile"]}
+    tiles = [dict(zip(sizes, c, strict=True)) for c in itertools.product(*sizes.values())]
     tiles = [row["tile"], *({**row["tile"], **t} for t in tiles)]
     times = [time_of(runs, op, row["kernel"], tile) for tile in tiles]
     best = min(range(len(tiles)), key=times.__getitem__)

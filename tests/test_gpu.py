@@ -131,7 +131,7 @@ def small_tiles(monkeypatch):
     """Tiles of 32, so that three of them are a small problem, and short streams up to 32."""
     monkeypatch.setattr(bi_attention, "ROWS", 32)
     kernels = (
-        "attend_fwd", "attend_fwd_few", "attend_dq", "attend_dkv", "attend_dbias", "delta",
+        "attend_fwd", "attend_fwd_few", "attend_dq", "attend_dkv", "attend_dbias",
         "owner_bwd", "owner_bwd_few", "dbias", "resident_fwd", "resident_bwd", "stats", "ds",
         "gemm",
     )  # fmt: skip
@@ -141,6 +141,7 @@ def small_tiles(monkeypatch):
         for kernel in kernels:
             depth = dict(BLOCK_D=32) if kernel in ("stats", "ds", "gemm") else {}
             lookup._forced[op, kernel] = tile | depth
+        lookup._forced[op, "delta"] = dict(BLOCK_M=32, **SMALL)
     yield
     lookup._forced.clear()
     lookup._forced.update(saved)

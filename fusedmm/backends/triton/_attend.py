@@ -15,7 +15,7 @@ from ...tuning import lookup
 from ._args import Bias, Drop, Keep, Rows, Score, padded, rows, tiles
 from ._tile import (
     LN2,
-    LOG2E,
+    base2,
     dot_tile,
     dropped,
     exp_from,
@@ -54,11 +54,12 @@ class Direction(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients of a Direction; delta = rowsum(do * o) - dlse, fix as in delta_kernel."""
+    """Gradients of a Direction; delta = rowsum(do * o) - dlse, lse in base 2 = ref - fix."""
 
     do: Rows
     dlse: Any
     delta: Any
+    ref: Any
     fix: Any
     up: Any
     down: Any
@@ -133,34 +134,27 @@ def _fwd(
 
 @triton.jit
 def delta_kernel(
-    x, y, gx, gy, H, programs_x, SHARED: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    x, y, gx, gy, H, programs_x, SHARED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(do * o) - dlse and fix = -log2(sum exp(s - lse)) of both directions.
-
-    An fp32 lse near 1e4 is off by 5e-4, and so would p be: where |lse| > LARGE the scores are
-    walked once more to find by how much, elsewhere fix = 0. SHARED also stores the factors of
-    split_lse, up and down. Grid: tiles of BLOCK_M rows, B * H.
-    """
+    """delta = rowsum(do * o) - dlse and lse as of base2 of both directions. SHARED also stores the
+    factors of split_lse, up and down. Grid: tiles of BLOCK_M rows, B * H."""
     pid = tl.program_id(0)
     if pid < programs_x:
-        _delta(x, gx, x, pid, H, SHARED, LARGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV)
+        _delta(x, gx, x, pid, H, SHARED, BLOCK_M, BLOCK_DV)
     else:
-        _delta(y, gy, x, pid - programs_x, H, SHARED, LARGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV)
+        _delta(y, gy, x, pid - programs_x, H, SHARED, BLOCK_M, BLOCK_DV)
 
 
 @triton.jit
 def centre_of(x, bh):
     """A finite number near the head's lse, in base 2: that of the first token of x."""
-    first = tl.load(x.lse + tl.cast(bh, tl.int64) * x.M, mask=x.M > 0, other=0.0) * LOG2E
-    return tl.where(tl.abs(first) < 1e30, first, 0.0)
+    first = tl.load(x.lse + tl.cast(bh, tl.int64) * x.M, mask=x.M > 0, other=0.0) / LN2
+    return tl.where(tl.abs(first) < 1e30, first, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _delta(
-    t, g, x, pid, H, SHARED: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+def _delta(t, g, x, pid, H, SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
     bh = pid // tl.cdiv(t.M, BLOCK_M)
     m0 = pid % tl.cdiv(t.M, BLOCK_M) * BLOCK_M
     offs_m = m0 + tl.arange(0, BLOCK_M)
@@ -169,32 +163,14 @@ def _delta(
     do = load_tile(head(g.do, bh, H), g.do, offs_m, inside, False, t.DV, BLOCK_DV)
     dlse = load_row(g.dlse, bh, offs_m, t.M)
     store_row(g.delta, bh, offs_m, t.M, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - dlse)
-    lse = finite_or(load_row(t.lse, bh, offs_m, t.M), 0.0)
-    fix = tl.zeros((BLOCK_M,), tl.float32)
-    if tl.max(tl.abs(lse), 0) > LARGE:
-        q = load_tile(head(t.q, bh, H), t.q, offs_m, inside, False, t.D, BLOCK_D)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        for n0 in range(0, t.N, BLOCK_N):
-            offs_n = n0 + tl.arange(0, BLOCK_N)
-            keep_n = kept(t.keep, bh // H, offs_n, t.N)
-            k = load_tile(head(t.k, bh, H), t.k, offs_n, keep_n, False, t.D, BLOCK_D)
-            s, _ = s_tile(q, k, t.score, t.bias, bh, H, offs_m, offs_n, t.M, t.N)
-            s = tl.where(keep_n[None, :], s, float("-inf"))
-            total += tl.sum(p_from_lse(s, unit_of(t.score), lse, fix), 1)
-        fix = tl.where((total > 0.0) & (total < 1e30), -tl.log2(total), 0.0)
+    centre = centre_of(x, bh)
+    ref, fix = base2(load_row(t.lse, bh, offs_m, t.M), centre)
+    store_row(g.ref, bh, offs_m, t.M, ref)
     store_row(g.fix, bh, offs_m, t.M, fix)
     if SHARED:
-        centre = centre_of(x, bh)
-        _, _, up, down = split_lse(split_safe(t, bh, offs_m, centre), fix, centre)
+        _, _, up, down = split_lse(ref, fix, centre)
         store_row(g.up, bh, offs_m, t.M, up)
         store_row(g.down, bh, offs_m, t.M, down)
-
-
-@triton.jit
-def split_safe(t, bh, offs, centre):
-    """lse of the rows `offs`, where -inf and outside such that it meets the centre."""
-    lse = tl.where(offs < t.M, load_row(t.lse, bh, offs, t.M), float("-inf"))
-    return finite_or(lse, centre * LN2)
 
 
 @triton.jit
@@ -221,7 +197,7 @@ def _dq(
     inside = offs_m < t.M
     q = load_tile(head(t.q, bh, H), t.q, offs_m, inside, EVEN, t.D, BLOCK_D)
     do = load_tile(head(g.do, bh, H), g.do, offs_m, inside, EVEN, t.DV, BLOCK_DV)
-    lse = load_row(t.lse, bh, offs_m, t.M)
+    ref = load_row(g.ref, bh, offs_m, t.M)
     delta = load_row(g.delta, bh, offs_m, t.M)
     fix = load_row(g.fix, bh, offs_m, t.M)
     k_ptr = head(t.k, bh, H)
@@ -239,7 +215,7 @@ def _dq(
         dp = dot_tile(do, tl.trans(v))
         if drop.ON:
             dp = dropped(dp, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
-        ds = p_from_lse(s, unit_of(t.score), lse, fix) * (dp - delta[:, None])
+        ds = p_from_lse(s, unit_of(t.score), ref, fix) * (dp - delta[:, None])
         acc += dot_tile(ds, k)
     store_tile(head(g.dq, bh, H), g.dq, offs_m, t.M, acc * t.score.scale, t.D, BLOCK_D)
 
@@ -278,13 +254,13 @@ def _dkv(
         inside = offs_m < t.M
         q = load_tile(q_ptr, t.q, offs_m, inside, EVEN, t.D, BLOCK_D)
         do = load_tile(do_ptr, g.do, offs_m, inside, EVEN, t.DV, BLOCK_DV)
-        lse = load_row(t.lse, bh, offs_m, t.M)
+        ref = load_row(g.ref, bh, offs_m, t.M)
         delta = load_row(g.delta, bh, offs_m, t.M)
         fix = load_row(g.fix, bh, offs_m, t.M)
         s, _ = s_tile(q, k, t.score, t.bias, bh, H, offs_m, offs_n, t.M, t.N)
         if not full:
             s = tl.where(inside[:, None] & keep_n[None, :], s, float("-inf"))
-        p = p_from_lse(s, unit_of(t.score), lse, fix)
+        p = p_from_lse(s, unit_of(t.score), ref, fix)
         dp = dot_tile(do, tl.trans(v))
         pf = p
         if drop.ON:
@@ -316,7 +292,7 @@ def attend_dbias_kernel(
                 inside = offs_m < t.M
                 q = load_tile(head(t.q, bh, H), t.q, offs_m, inside, False, t.D, BLOCK_D)
                 do = load_tile(head(g.do, bh, H), g.do, offs_m, inside, False, t.DV, BLOCK_DV)
-                lse = load_row(t.lse, bh, offs_m, t.M)
+                ref = load_row(g.ref, bh, offs_m, t.M)
                 delta = load_row(g.delta, bh, offs_m, t.M)
                 fix = load_row(g.fix, bh, offs_m, t.M)
                 for n0 in range(tile_n * BLOCK_N, db_end(sizes[3], tile_n, t.N, BLOCK_N), BLOCK_N):
@@ -329,7 +305,7 @@ def attend_dbias_kernel(
                     dp = dot_tile(do, tl.trans(v))
                     if drop.ON:
                         dp = dropped(dp, drop, seed, t.INDEX, t.FLIP, bh, m0, n0)
-                    acc += p_from_lse(s, unit_of(t.score), lse, fix) * (dp - delta[:, None])
+                    acc += p_from_lse(s, unit_of(t.score), ref, fix) * (dp - delta[:, None])
     db_store(db, sizes, slot_b, slot_h, tile_m, tile_n, acc, BLOCK_M, BLOCK_N)
 
 
@@ -413,15 +389,14 @@ def launch_fwd(op: str, x: Direction, y: Direction, drop: Drop, seed: int) -> No
 def launch_delta(
     op: str, x: Direction, y: Direction, gx: Grads, gy: Grads, shared: bool = False
 ) -> None:
-    """delta and fix of both directions; up and down if they share their exponentials."""
+    """delta, ref and fix of both directions; up and down if they share their exponentials."""
     B, H, _ = x.lse.shape
     widths = blocks(x, y)
     choice = config(op, "delta", x.q.ptr, widths)
-    large = 16.0 if x.q.ptr.dtype == torch.float32 else 1024.0
     programs_x, programs_y = (B * H * tiles(t.M, choice["BLOCK_M"]) for t in (x, y))
     if programs_x + programs_y:
         delta_kernel[(programs_x + programs_y,)](
-            x, y, gx, gy, H, programs_x, SHARED=shared, LARGE=large, **choice, **widths
+            x, y, gx, gy, H, programs_x, SHARED=shared, BLOCK_DV=widths["BLOCK_DV"], **choice
         )
 
 
@@ -469,5 +444,5 @@ def grads(do: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor) -
     if dlse is None:
         dlse = torch.zeros(do.shape[:3], dtype=torch.float32, device=do.device)
     dlse = dlse.float().contiguous()
-    scratch = (torch.empty_like(dlse) for _ in range(4))
+    scratch = (torch.empty_like(dlse) for _ in range(5))
     return Grads(rows(do), dlse, *scratch, rows(dq), rows(dk), rows(dv))

@@ -52,7 +52,7 @@ def kept(keep, b, offs, L):
 
 @triton.jit
 def load_row(ptr, bh, offs, L):
-    """Entries offs of row bh of a contiguous [B * H, L] fp32 array, 0 outside."""
+    """Entries offs of row bh of a contiguous [B * H, L] array, 0 outside."""
     return tl.load(ptr + tl.cast(bh, tl.int64) * L + offs, mask=offs < L, other=0.0)
 
 
@@ -103,25 +103,40 @@ def finite_or(x, other):
 
 
 @triton.jit
-def exp_from(s, unit, ref):
-    """2^(s * unit - ref), the product not rounded: ref is a rounded one, and 2^their difference is
-    part of the sum that goes with it. The compiler fuses only what stands in one block."""
+def beyond(s, unit, ref):
+    """s * unit - ref, the product not rounded: ref is a rounded one, and what they differ by is
+    part of what goes with ref. The compiler fuses only what stands in one block."""
     if FUSED:
-        return tl.exp2(tl.fma(s, unit + tl.zeros_like(s), tl.broadcast_to(-ref, s.shape)))
-    return tl.exp2(s * unit - ref)
+        return tl.fma(s, unit + tl.zeros_like(s), tl.broadcast_to(-ref, s.shape))
+    return s * unit - ref
+
+
+@triton.jit
+def exp_from(s, unit, ref):
+    """2^(s * unit - ref)."""
+    return tl.exp2(beyond(s, unit, ref))
 
 
 @triton.jit
 def lse_of(total, top):
-    """log(total * 2^top), -inf for an empty sum."""
-    return tl.where(total == 0.0, float("-inf"), top * LN2 + LN2 * tl.log2(total))
+    """log(total * 2^top) in fp64, -inf for an empty sum: at scores of 1e4 an fp32 lse is off by
+    5e-4, and so would p be."""
+    lse = (top.to(tl.float64) + tl.log2(total).to(tl.float64)) * LN2
+    return tl.where(total == 0.0, float("-inf"), lse)
 
 
 @triton.jit
-def p_from_lse(s, unit, lse, fix):
-    """exp(s - lse[:, None]) * 2^fix of raw scores, 0 where they and lse are -inf; `fix` makes
-    up for the rounding of a large lse (see delta_kernel)."""
-    return tl.exp2((s * unit - (finite_or(lse, 0.0) * LOG2E)[:, None]) + fix[:, None])
+def base2(lse, centre):
+    """(ref, fix): lse in base 2 is ref - fix, ref rounded to fp32; the centre for -inf."""
+    lse = lse / LN2
+    ref = finite_or(lse.to(tl.float32), centre)
+    return ref, tl.where(lse == float("-inf"), 0.0, (ref.to(tl.float64) - lse).to(tl.float32))
+
+
+@triton.jit
+def p_from_lse(s, unit, ref, fix):
+    """exp(s - lse[:, None]) of raw scores, lse as of base2."""
+    return tl.exp2(beyond(s, unit, ref[:, None]) + fix[:, None])
 
 
 @triton.jit
@@ -153,12 +168,11 @@ def _keep(
 
 
 @triton.jit
-def split_lse(lse, fix, centre):
+def split_lse(ref, fix, centre):
     """Half way c from the centre to lse, in base 2, with the factors of p_near:
-    (c, c - centre, exp(c - centre), exp(c - lse) * 2^fix)."""
-    lse *= LOG2E
-    c = 0.5 * (lse + centre)
-    return c, c - centre, tl.exp2(c - centre), tl.exp2(c - lse + fix)
+    (c, c - centre, 2^(c - centre), 2^(c - lse))."""
+    c = 0.5 * (ref + centre)
+    return c, c - centre, tl.exp2(c - centre), tl.exp2(c - ref + fix)
 
 
 @triton.jit
@@ -181,7 +195,7 @@ def p_near(s, unit, a, b):
     """
     c_a, _, up_a, down_a = a
     _, half_b, up_b, down_b = b
-    e = tl.exp2((s * unit - c_a[:, None]) - half_b[None, :])
+    e = tl.exp2(beyond(s, unit, c_a[:, None]) - half_b[None, :])
     return e * down_a[:, None] * up_b[None, :], e * up_a[:, None] * down_b[None, :]
 
 

@@ -27,9 +27,9 @@ from ._args import (
     score_of,
     tiles,
 )
-from ._attend import centre_of, db_end, db_slot, db_store, split_safe
+from ._attend import centre_of, db_end, db_slot, db_store
 from ._tile import (
-    LOG2E,
+    beyond,
     dot_tile,
     dropped,
     exp_from,
@@ -69,10 +69,11 @@ class Stream(NamedTuple):
 
 
 class StreamGrads(NamedTuple):
-    """Gradients of a Stream; delta and fix as in _attend.py."""
+    """Gradients of a Stream; delta, ref and fix as in _attend.py."""
 
     do: Rows
     delta: Any
+    ref: Any
     fix: Any
     up: Any
     down: Any
@@ -267,13 +268,13 @@ def load_stream(t, g, bh, H, offs, inside, keep, centre, STORED: tl.constexpr, E
     qk = load_tile(head(t.qk, bh, H), t.qk, offs, inside, EVEN, D, BLOCK_D)
     v = load_tile(head(t.v, bh, H), t.v, offs, keep, full, t.DVK, BLOCK_DV)
     do = load_tile(head(g.do, bh, H), g.do, offs, inside, EVEN, t.DV, BLOCK_DV)
-    lse = split_safe(t, bh, offs, centre)
+    ref = tl.where(offs < t.M, load_row(g.ref, bh, offs, t.M), centre)
     if STORED:
-        c = 0.5 * (lse * LOG2E + centre)
+        c = 0.5 * (ref + centre)
         up, down = load_row(g.up, bh, offs, t.M), load_row(g.down, bh, offs, t.M)
         split = c, c - centre, up, down
     else:
-        split = split_lse(lse, load_row(g.fix, bh, offs, t.M), centre)
+        split = split_lse(ref, load_row(g.fix, bh, offs, t.M), centre)
     return qk, v, do, load_row(g.delta, bh, offs, t.M), split
 
 
@@ -294,11 +295,11 @@ def ds_tile(
     unit = unit_of(score)
     if near(split_a, split_b):
         p_row, p_col = p_near(s, unit, split_a, split_b)
-    else:  # lse and fix are read here only: elsewhere they would cost registers and traffic
-        row, col = split_safe(a, bh, offs_m, centre), split_safe(b, bh, offs_n, centre)
+    else:  # read here only: elsewhere they would cost registers and traffic
+        row, col = load_row(ga.ref, bh, offs_m, a.M), load_row(gb.ref, bh, offs_n, b.M)
         fix_row, fix_col = load_row(ga.fix, bh, offs_m, a.M), load_row(gb.fix, bh, offs_n, b.M)
-        p_row = tl.exp2((s * unit - (row * LOG2E)[:, None]) + fix_row[:, None])
-        p_col = tl.exp2((s * unit - (col * LOG2E)[None, :]) + fix_col[None, :])
+        p_row = tl.exp2(beyond(s, unit, row[:, None]) + fix_row[:, None])
+        p_col = tl.exp2(beyond(s, unit, col[None, :]) + fix_col[None, :])
     if b.keep.HAS:
         p_row = tl.where(keep_n[None, :], p_row, 0.0)
     if a.keep.HAS:
@@ -551,7 +552,7 @@ def fwd(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p, see
     N = qk_y.shape[2]
     o_x = qk_x.new_empty((B, H, M, v_y.shape[3]))
     o_y = qk_y.new_empty((B, H, N, v_x.shape[3]))
-    lse_x, lse_y = (t.new_empty(t.shape[:3], dtype=torch.float32) for t in (qk_x, qk_y))
+    lse_x, lse_y = (t.new_empty(t.shape[:3], dtype=torch.float64) for t in (qk_x, qk_y))
     x, y = _streams(qk_x, qk_y, v_x, v_y, mask_x, mask_y, o_x, o_y, lse_x, lse_y)
     bias_x, bias_y = (bias_of(bias, qk_x, (B, H, M, N), swap) for swap in (False, True))
     score, (drop, seed) = score_of(scale, clamp, bias), drop_of(dropout_p, seed)
@@ -560,7 +561,7 @@ def fwd(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p, see
     if fit is None:
         directions = _directions(x, y, bias_x, bias_y, score)
         _attend.launch_fwd(OP, *directions, drop, seed)
-        return o_x, o_y, lse_x.double(), lse_y.double()
+        return o_x, o_y, lse_x, lse_y
     choice, y_short = fit
     a, b, bias_a = (x, y, bias_x) if y_short else (y, x, bias_y)
     chunks, chunk = _chunks(a, B * H, choice["BLOCK_M"])
@@ -577,7 +578,7 @@ def fwd(qk_x, qk_y, v_x, v_y, mask_x, mask_y, bias, clamp, scale, dropout_p, see
         merge_kernel[(B * H * tiles(b.M, few["BLOCK_N"]),)](
             b, part, part_lse, H, chunks, BLOCK_DV=widths["BLOCK_DV"], **few
         )
-    return o_x, o_y, lse_x.double(), lse_y.double()
+    return o_x, o_y, lse_x, lse_y
 
 
 def bwd(
@@ -587,7 +588,7 @@ def bwd(
     """Gradients of (qk_x, qk_y, v_x, v_y, bias) where `needs`."""
     B, H, M, _ = qk_x.shape
     N = qk_y.shape[2]
-    lse_x, lse_y = lse_x.float().contiguous(), lse_y.float().contiguous()
+    lse_x, lse_y = lse_x.contiguous(), lse_y.contiguous()
     x, y = _streams(qk_x, qk_y, v_x, v_y, mask_x, mask_y, o_x, o_y, lse_x, lse_y)
     bias_x, bias_y = (bias_of(bias, qk_x, (B, H, M, N), swap) for swap in (False, True))
     score, (drop, seed) = score_of(scale, clamp, bias), drop_of(dropout_p, seed)
@@ -599,11 +600,13 @@ def bwd(
     fit = _resident("resident_bwd", x, y, widths) if B * H else None
     _attend.launch_delta(OP, dir_x, dir_y, full_x, full_y, shared=fit is None)
     gx = StreamGrads(
-        full_x.do, full_x.delta, full_x.fix, full_x.up, full_x.down, rows(dqk_x), rows(dv_x)
-    )
+        full_x.do, full_x.delta, full_x.ref, full_x.fix, full_x.up, full_x.down,
+        rows(dqk_x), rows(dv_x),
+    )  # fmt: skip
     gy = StreamGrads(
-        full_y.do, full_y.delta, full_y.fix, full_y.up, full_y.down, rows(dqk_y), rows(dv_y)
-    )
+        full_y.do, full_y.delta, full_y.ref, full_y.fix, full_y.up, full_y.down,
+        rows(dqk_y), rows(dv_y),
+    )  # fmt: skip
     need_x, need_y = needs[0] or needs[2], needs[1] or needs[3]
     if fit is not None and (need_x or need_y):
         choice, y_short = fit
@@ -640,7 +643,7 @@ def _resident_bwd(a, b, ga, gb, bias, score, drop, seed, choice, widths) -> None
     chunks, chunk = _chunks(a, B * H, choice["BLOCK_M"])
     split = chunks > 1
     shape = (B * H, chunks, b.M, b.D.value + b.DVK.value) if split else 0
-    part = a.lse.new_empty(shape)
+    part = a.lse.new_empty(shape, dtype=torch.float32)
     even = a.M % choice["BLOCK_M"] == 0 and b.M == choice["BLOCK_N"]
     resident_bwd_kernel[(B * H * chunks,)](
         a, b, ga, gb, bias, part, H, chunks, chunk, score, seed, drop,

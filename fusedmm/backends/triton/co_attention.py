@@ -37,13 +37,13 @@ def fwd(
     """o_x, o_y, lse_x, lse_y; one launch."""
     o_x = q_x.new_empty((*q_x.shape[:3], v_y.shape[3]))
     o_y = q_y.new_empty((*q_y.shape[:3], v_x.shape[3]))
-    lse_x, lse_y = (t.new_empty(t.shape[:3], dtype=torch.float32) for t in (q_x, q_y))
+    lse_x, lse_y = (t.new_empty(t.shape[:3], dtype=torch.float64) for t in (q_x, q_y))
     x, y = _directions(
         q_x, k_x, v_x, q_y, k_y, v_y, mask_x, mask_y, bias_xy, bias_yx,
         o_x, o_y, lse_x, lse_y, scale_x, scale_y,
     )  # fmt: skip
     _attend.launch_fwd(OP, x, y, *drop_of(dropout_p, seed))
-    return o_x, o_y, lse_x.double(), lse_y.double()
+    return o_x, o_y, lse_x, lse_y
 
 
 def bwd(
@@ -53,7 +53,7 @@ def bwd(
     """Gradients of (q_x, k_x, v_x, q_y, k_y, v_y, bias_xy, bias_yx) where `needs`."""
     x, y = _directions(
         q_x, k_x, v_x, q_y, k_y, v_y, mask_x, mask_y, bias_xy, bias_yx,
-        o_x, o_y, lse_x.float().contiguous(), lse_y.float().contiguous(), scale_x, scale_y,
+        o_x, o_y, lse_x.contiguous(), lse_y.contiguous(), scale_x, scale_y,
     )  # fmt: skip
     dq_x, dk_x, dv_x, dq_y, dk_y, dv_y = _attend.contiguous_grads(q_x, k_x, v_x, q_y, k_y, v_y)
     gx = _attend.grads(do_x, dlse_x, dq_x, dk_y, dv_y)
