@@ -4,6 +4,7 @@ OpSuite holds for all four, AttentionSuite and PairLossSuite for two each; `para
 that conftest.py turns into parameters.
 """
 
+import dataclasses
 import math
 from typing import Any, ClassVar
 
@@ -281,6 +282,38 @@ class AttentionSuite(OpSuite):
         torch.testing.assert_close(
             got["o_x"][:, :, rows], want["o_x"][:, :, rows], atol=scale, rtol=scale
         )
+
+    @pytest.mark.parametrize("low", [-1e9, -9e15, None], ids=["1e9", "9e15", "finfo_min"])
+    def test_finite_bias_that_masks(self, backend, device, dtype, low):
+        """As models spell masks. All keys of a row and of a column have it: eager's softmax of
+        equal scores is uniform, and so are its gradients."""
+        low = torch.finfo(dtype).min if low is None else max(low, torch.finfo(dtype).min)
+        for sizes in ((131, 40), (140, 150)):  # one stream short, both long
+            shape = AttentionShape(1, 2, *sizes, 16, 12)
+            bias = torch.zeros(1, 1, *sizes, dtype=dtype)
+            bias[..., 5, :], bias[..., 7], bias[..., 60:, 20:] = low, low, low
+            case = self.case(shape, dtype, mask=False, device=device, return_lse=False)
+            names = {"bias": bias} if self.op == "bi_attention" else {"bias_xy": bias}
+            if self.op == "co_attention":
+                names["bias_yx"] = bias.mT
+            names = {name: b.to(device) for name, b in names.items()}
+            biased = dataclasses.replace(case, tensors={**case.tensors, **names})
+            testing.assert_no_worse_than_eager(harness.accepted(biased, backend), backend)
+
+    @pytest.mark.parametrize("size", [-1e4, 6e4, -1e6, -1e9, -9e15], ids="{:.0e}".format)
+    def test_equal_scores_of_any_size(self, backend, device, size):
+        """All scores are the bias: p is uniform, and nothing of it is lost in the size of lse."""
+        for sizes in ((131, 40), (140, 150)):  # one stream short, both long
+            shape = AttentionShape(1, 2, *sizes, 16, 12)
+            case = self.case(
+                shape, mask=False, device=device, return_lse=False, bias=(1, 1, *sizes)
+            )
+            for name, t in case.tensors.items():
+                if name.startswith("bias"):
+                    t.fill_(size)
+                elif name[0] != "v":
+                    t.zero_()
+            testing.assert_no_worse_than_eager(harness.accepted(case, backend), backend)
 
     def test_bias_of_another_dtype(self, backend, device):
         """A bias may be finer than the data; outputs keep the dtype of the data, lse is fp32."""

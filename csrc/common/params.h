@@ -28,6 +28,10 @@ struct KeyMask {
   const bool* row(int64_t b) const { return data ? data + b * stride[0] : nullptr; }
 };
 
+// Where a bias takes scores lower, but not to -inf, they count as this: lower sums hold nothing of
+// them in fp32, and a softmax of nothing else would be lost in the rounding of its lse.
+constexpr float kLeastScore = -16777216.0f;  // -2^24
+
 // Bits of element [b, h, m, n]: word n % 4 of Philox4x32-10(seed; n / 4, m, b * H + h, direction).
 struct Dropout {
   bool on = false;

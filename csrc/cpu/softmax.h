@@ -54,7 +54,8 @@ inline void load_bias(float* dst, const ScoreRule& rule, int64_t b, int64_t h, i
   }
 }
 
-// s in place: clamp(s * scale) + bias. Backward asks which entries the clamp passed (1 or 0).
+// s in place: clamp(s * scale) + bias, no finite sum below kLeastScore. Backward asks which entries
+// the clamp passed (1 or 0).
 inline void apply_rule(float* s, const ScoreRule& rule, const float* bias, int rows, int nv,
                        float* passed = nullptr) {
   if (rule.raw) return;
@@ -68,7 +69,10 @@ inline void apply_rule(float* s, const ScoreRule& rule, const float* bias, int r
         x = x > hi ? hi : x;
         x = x < lo ? lo : x;
       }
-      if (bias) x += load(bias + at);
+      if (bias) {
+        x += load(bias + at);
+        x = select((x < splat(kLeastScore)) & (x > splat(-kInf)), splat(kLeastScore), x);
+      }
       store(s + at, x);
     }
   }

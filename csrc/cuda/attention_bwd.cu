@@ -82,8 +82,9 @@ __global__ void __launch_bounds__(kStatRows) delta_kernel(const __grid_constant_
   // lse - centre = far + rest, exactly but for the last addition.
   float far = hi - centre;
   const float back = far + centre, rest = (hi - back) - (centre - (back - far)) + lo;
-  const float by = static_cast<float>(kLn2) * rest;
-  const float values[kStats] = {hi, lo, delta, exp2f(far) * (1.0f + by), exp2f(-far) * (1.0f - by)};
+  const float values[kStats] = {hi, lo, delta, exp2f(far) * exp2f(rest),
+                                exp2f(-far) * exp2f(-rest)};
+  far += rest;
 #pragma unroll
   for (int k = 0; k < kStats; ++k) {
     st.data[(k * all.B * all.H + head) * st.padded + row] = values[k];

@@ -63,7 +63,8 @@ __device__ inline void max_across(float (&x)[kN]) {
 // Multiplier that turns raw scores into exponents of 2.
 __device__ inline float unit_of(const Pair& p) { return p.plain ? p.scale * kLog2e : kLog2e; }
 
-// Raw scores: the product itself if plain, else clamp(scale * product) + bias. (row0, col0) is the
+// Raw scores: the product itself if plain, else clamp(scale * product) + bias, no
+// finite sum below kLeastScore. (row0, col0) is the
 // place of the 16 rows in [rows, cols]. Returns where the clamp lets gradient through, one bit an
 // accumulator of a lane: element [n][i] is bit n * 4 + i.
 template <int kNT>
@@ -85,6 +86,7 @@ __device__ inline uint64_t s_tile(float (&s)[kNT][4], const Pair& p, int b, int 
         const int64_t col = col0 + n * 8 + lane % 4 * 2 + i % 2;
         if (row < p.a.rows && col < p.b.rows) {
           x += load_float(p.bias, head + row * p.bias.stride[2] + col * p.bias.stride[3]);
+          if (x < kLeastScore && x > -kInf) x = kLeastScore;
         }
       }
       s[n][i] = x;

@@ -9,6 +9,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LEAST_SCORE = tl.constexpr(-float(2**24))  # kLeastScore of csrc/common/params.h
 FUSED = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter's tl.fma refuses tensors
 
 
@@ -87,6 +88,7 @@ def s_tile(a, b, score, bias, bh, H, offs_m, offs_n, M, N):
         ptrs += offs_n[None, :].to(tl.int64) * bias.d
         inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         s += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+        s = tl.where((s < LEAST_SCORE) & (s > -float("inf")), LEAST_SCORE, s)
     return s, passes
 
 
