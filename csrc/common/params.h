@@ -28,9 +28,10 @@ struct KeyMask {
   const bool* row(int64_t b) const { return data ? data + b * stride[0] : nullptr; }
 };
 
-// Where a bias takes scores lower, but not to -inf, they count as this: lower sums hold nothing of
-// them in fp32, and a softmax of nothing else would be lost in the rounding of its lse.
-constexpr float kLeastScore = -16777216.0f;  // -2^24
+// Where a bias takes scores lower, but not to -inf, they count as this: in fp32 lower sums hold
+// multiples of 16 of them at best, and a softmax of nothing else would be lost in the rounding of
+// its lse, or of what its scores are measured from.
+constexpr float kLeastScore = -134217728.0f;  // -2^27
 
 // Bits of element [b, h, m, n]: word n % 4 of Philox4x32-10(seed; n / 4, m, b * H + h, direction).
 struct Dropout {

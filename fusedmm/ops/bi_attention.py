@@ -35,7 +35,7 @@ def bi_attention(
         v_x, v_y: [B, H, M, Dv], [B, H, N, Dv].
         mask_x, mask_y: [B, M], [B, N] bool, True = keep this token as a key.
         bias: broadcastable to [B, H, M, N]; added after the clamp. -inf masks; so do finite numbers
-            such as finfo.min, of which sums below -2**24 count as -2**24.
+            such as finfo.min, of which sums below -2**27 count as -2**27.
         clamp: limit of |scale * qk_x @ qk_y.mT|; the gradient is 0 outside.
         scale: multiplier of the scores, default D ** -0.5.
         dropout_p: probability of dropping an attention weight, each direction on its own.

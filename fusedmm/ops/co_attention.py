@@ -36,8 +36,8 @@ def co_attention(
         q_y, k_y, v_y: [B, H, N, D], [B, H, N, D], [B, H, N, Dv].
         mask_x, mask_y: [B, M], [B, N] bool, True = keep this token as a key.
         bias_xy, bias_yx: broadcastable to [B, H, M, N], [B, H, N, M]; added to the scaled scores.
-            -inf masks; so do finite numbers such as finfo.min, of which sums below -2**24 count as
-            -2**24.
+            -inf masks; so do finite numbers such as finfo.min, of which sums below -2**27 count as
+            -2**27.
         scale: multiplier of the scores, default D ** -0.5.
         dropout_p: probability of dropping an attention weight, in [0, 1].
         return_lse: also return the natural log of each row's sum of exp.

@@ -9,7 +9,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LEAST_SCORE = tl.constexpr(-float(2**24))  # kLeastScore of csrc/common/params.h
+LEAST_SCORE = tl.constexpr(-float(2**27))  # kLeastScore of csrc/common/params.h
 FUSED = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter's tl.fma refuses tensors
 
 
