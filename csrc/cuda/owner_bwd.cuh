@@ -90,8 +90,9 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
   const int heads = static_cast<int>(all.B * all.H);
   const int col0 = S::part_of(warp) * 8 * kDT;
   const int part0 = kParts > 1 ? S::part_of(warp) * 8 * kNT : 0;  // the warp's columns of a tile
+  constexpr bool kHold = kMT == 1 && kWidth * sizeof(T) < 1024;   // places in registers
   // Opaque to the compiler, which would hold what it can compute before the loop.
-  const auto hide = [](int x) { return kMT == 1 ? x : static_cast<int>(kept_register(x)); };
+  const auto hide = [](int x) { return kHold ? x : static_cast<int>(kept_register(x)); };
   // The warp's m-th 16 rows.
   const auto row_of = [warp](int m) { return (m * S::kStrips + S::strip_of(warp)) * 16; };
   const uint32_t base = shared_address(smem);
@@ -100,7 +101,7 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
   // In shared memory: between loads they take no registers.
   Sources<T>& walked = *reinterpret_cast<Sources<T>*>(smem + L::kSources);
   if (threadIdx.x == 0) walked = Sources<T>(p.b, p.width, b, h, kCol, kWidth);
-  const Copier<S::kThreads, Tile<T, kWidth>> copier(kMT == 1);
+  const Copier<S::kThreads, Tile<T, kWidth>> copier(kHold);
   load_tiles<S::kRows, kCol, kRow>(own, Sources<T>(p.a, p.width, b, h, kRow, kWidth), m0, copier);
   __syncthreads();  // orders the write of `walked` before its reads
   // Of the warp's m-th 16 rows: held, or read anew for each tile where registers are short.
@@ -122,7 +123,7 @@ __device__ inline void own_rows(const Attention& all, char* smem) {
       return held;
     }
   };
-  const Lanes<Tile<T, kWidth>> lanes(kMT == 1);
+  const Lanes<Tile<T, kWidth>> lanes(kHold);
   float dqk[kMT][1][kDT][4], dv[kMT][1][kDT][4];
   unroll<kMT>([&](auto m) { clear(dqk[m]), clear(dv[m]); });
   const auto load = [&](int j, int stage) {
