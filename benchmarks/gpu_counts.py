@@ -117,8 +117,8 @@ Where a target is missed:
   products, the gradients of the streamed side summed over tiles in memory. D + Dv fp32 numbers a
   token and tile, written and read, are several times what the second walk reads, and their sums
   take the instructions that the walk saves. Not tried: atomics, which should save only the reading
-  and have no fixed order. Tried and kept: 256 tokens a program; lse and its correction read only
-  where one exp will not do.
+  and have no fixed order. Tried and kept: 256 tokens a program; lse read only where one exp
+  will not do.
 - *tensor_flops* of `cuda` backward with 256 tokens on both sides: ten products of fourteen, 0.714,
   and deltas, which are the diagonals of products and eight times what they need: 0.723. They
   have to be of the order of the products that they correct, so that both cancel where one key
@@ -141,9 +141,10 @@ Where a target is missed:
   `cuda` executes 0.85 of the instructions of `triton`, and 0.92 of its mma, by which the column
   divides. Kept: two warps a block and two tiles of 32 rows in place of four warps of which one had
   no rows, a quarter fewer instructions; a lane's places held. Dropped: the same at width 128, where
-  a device full of heads cuts them in more. wide-256x256 forward misses it by a thousandth: a row
-  that takes a new reference leaves those beside it alone, which cost 2 %, most of it won back by
-  a mask of rows and stages that alternate. All other rows meet it. Predicted were addresses and
+  a device full of heads cuts them in more. wide-256x256 forward meets it by a thousandth:
+  a row that takes a new reference leaves those beside it alone, which cost 2 %, won back by stages
+  that alternate and by references that overflow p where a row has none, in place of bits that say
+  so. All other rows meet it. Predicted were addresses and
   predicates (add, xor, setp, selp), and they were most of it. Kept: offsets as immediates of
   ldmatrix, ld, st and cp.async, with one xor for each 32 bytes of a swizzled row; rows padded by
   16 bytes where p is written; a lane's places in tiles, copies and stores computed once and held;
