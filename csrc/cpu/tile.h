@@ -14,6 +14,7 @@ namespace fmm::cpu::FMM_ISA {
 
 constexpr int kBlock = 96;          // rows and columns of a score tile
 constexpr int kPanel = 2 * kLanes;  // columns of a packed panel
+constexpr int kDepth = 128;  // units that a score sums at once: roundings grow with their number
 #if defined(__AVX512F__)
 constexpr int kRegRows = 12;  // 12 x 2 accumulators of 32 registers
 #else
@@ -569,8 +570,13 @@ template <class U>
 FMM_INLINE void scores(const AOperand<U>& a, int64_t row0, const U* bt, int m, int n, int64_t width,
                        float* s, Ahead* ahead = nullptr) {
   const int k = units<U>(width);
-  const Term<U> term{a.data + row0 * a.ld, {bt, kPanel, int64_t{k} * kPanel}, k};
-  gemm<U, true>(m, vectors(n), &term, 1, a.ld, s, kBlock, false, ahead);
+  int k0 = 0;
+  do {
+    const BOperand<U> b{bt + k0 * kPanel, kPanel, int64_t{k} * kPanel};
+    const Term<U> term{a.data + row0 * a.ld + k0, b, std::min(kDepth, k - k0)};
+    gemm<U, true>(m, vectors(n), &term, 1, a.ld, s, kBlock, k0 > 0, k0 > 0 ? nullptr : ahead);
+    k0 += kDepth;
+  } while (k0 < k);
 }
 
 }  // namespace fmm::cpu::FMM_ISA

@@ -249,7 +249,7 @@ __device__ inline void dot_tile(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int 
   }
 }
 
-// dot_tile for scores: fp32 by FMA.
+// dot_tile for scores: fp32 by FMA, sums of 128 apart, for roundings grow with their number.
 template <int kApart = 16, typename T, int kMT, int kNT, int kWidth>
 __device__ inline void dot_scores(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int row,
                                   Tile<T, kWidth> b, const Lanes<Tile<T, kWidth>>& lanes) {
@@ -257,21 +257,29 @@ __device__ inline void dot_scores(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, in
     dot_tile<kApart>(c, a, row, b, lanes);
   } else {
     static_assert(kMT == 1);
+    constexpr int kDepth = kWidth < 128 ? kWidth : 128;
     const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k0 = 0; k0 < kWidth; k0 += kDepth) {
+      float part[1][kNT][4];
+      clear(part);
 #pragma unroll 4
-    for (int k = 0; k < kWidth; k += 4) {
-      const float4 x[2] = {load_shared4(a.along(a.offset(row + lane / 4, 0), k)),
-                           load_shared4(a.along(a.offset(row + lane / 4 + 8, 0), k))};
+      for (int k = k0; k < k0 + kDepth; k += 4) {
+        const float4 x[2] = {load_shared4(a.along(a.offset(row + lane / 4, 0), k)),
+                             load_shared4(a.along(a.offset(row + lane / 4 + 8, 0), k))};
 #pragma unroll
-      for (int i = 0; i < 2 * kNT; ++i) {
-        const float4 y = load_shared4(b.along(b.offset(i / 2 * 8 + lane % 4 * 2 + i % 2, 0), k));
+        for (int i = 0; i < 2 * kNT; ++i) {
+          const float4 y = load_shared4(b.along(b.offset(i / 2 * 8 + lane % 4 * 2 + i % 2, 0), k));
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float& s = c[0][i / 2][2 * r + i % 2];
-          s = fmaf(x[r].x, y.x, s), s = fmaf(x[r].y, y.y, s);
-          s = fmaf(x[r].z, y.z, s), s = fmaf(x[r].w, y.w, s);
+          for (int r = 0; r < 2; ++r) {
+            float& s = part[0][i / 2][2 * r + i % 2];
+            s = fmaf(x[r].x, y.x, s), s = fmaf(x[r].y, y.y, s);
+            s = fmaf(x[r].z, y.z, s), s = fmaf(x[r].w, y.w, s);
+          }
         }
       }
+#pragma unroll
+      for (int i = 0; i < 4 * kNT; ++i) c[0][i / 4][i % 4] += part[0][i / 4][i % 4];
     }
   }
 }
