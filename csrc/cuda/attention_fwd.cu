@@ -81,7 +81,7 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
 
   const Lanes<Tile<T, kWidth>> lanes;
   float o[kMT][kDT][4], total[kMT][2], less[kMT][2];
-  bool start = true;
+  bool start = true;  // no row has a reference
   clear(o);
 #pragma unroll
   for (int i = 0; i < 2 * kMT; ++i) total[i / 2][i % 2] = 0.0f, less[i / 2][i % 2] = kNone;
