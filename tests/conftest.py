@@ -12,7 +12,8 @@ os.environ.pop("FUSEDMM_BACKEND", None)  # the tests choose
 
 from fusedmm import backends, problem  # noqa: E402
 
-pytest.register_assert_rewrite("harness", "suites", "fusedmm.testing")
+SUITES = "op_suite", "attention_suite", "pair_loss_suite"
+pytest.register_assert_rewrite("harness", *SUITES, "fusedmm.testing")
 
 
 def _available(name: str) -> bool:

@@ -1,9 +1,9 @@
-"""bi_attention: the tests of suites.py, the clamp, and one score matrix under two softmaxes."""
+"""bi_attention: attention_suite.py, the clamp, and one score matrix under two softmaxes."""
 
 import harness
 import pytest
 import torch
-from suites import AttentionSuite
+from attention_suite import AttentionSuite
 
 from fusedmm import testing
 from fusedmm.testing import AttentionShape, fused, make_case

@@ -1,9 +1,9 @@
-"""co_attention: the tests of suites.py, and what only two independent score matrices can show."""
+"""co_attention: attention_suite.py, and what only two independent score matrices can show."""
 
 import harness
 import pytest
 import torch
-from suites import AttentionSuite
+from attention_suite import AttentionSuite
 
 from fusedmm import testing
 from fusedmm.testing import AttentionShape, fused

@@ -1,11 +1,11 @@
-"""contrastive_loss: the tests of suites.py, targets of every kind, and well-fitted pairs."""
+"""contrastive_loss: pair_loss_suite.py, targets of every kind, and well-fitted pairs."""
 
 import dataclasses
 
 import harness
 import pytest
 import torch
-from suites import PairLossSuite
+from pair_loss_suite import PairLossSuite
 from torch.nn import functional as F
 
 import fusedmm

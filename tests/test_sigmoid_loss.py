@@ -1,9 +1,9 @@
-"""sigmoid_loss: the tests of suites.py, matches by ids, and what the bias and the scale receive."""
+"""sigmoid_loss: pair_loss_suite.py, matches by ids, and what the bias and the scale receive."""
 
 import harness
 import pytest
 import torch
-from suites import PairLossSuite
+from pair_loss_suite import PairLossSuite
 from torch.nn import functional as F
 
 from fusedmm import testing
