@@ -466,12 +466,15 @@ void gemm(int m, int nv, const Term<U>* terms, int count, ptrdiff_t lda, float* 
       for (int i = 0; more && v + 2 < nv && i < count; ++i) {
         prefetch_panel(terms[i], panel + 1, r, m);
       }
-      if (nv - v >= 2) {
-        micro_tail<U, 2, kRows>(rows, t.k, t.a + row, lda, b, ldb, c + r * ldc, ldc, accumulate,
-                                more);
-      } else {
-        micro_tail<U, 1, kRows>(rows, t.k, t.a + row, lda, b, ldb, c + r * ldc, ldc, accumulate,
-                                more);
+      for (int k0 = 0; k0 == 0 || k0 < t.k; k0 += kDepth) {
+        const int k = std::min(kDepth, t.k - k0);
+        const U *a = t.a + row + k0 * (kRows ? 1 : lda), *panel_b = b + k0 * ldb;
+        const bool add = accumulate || k0 > 0;
+        if (nv - v >= 2) {
+          micro_tail<U, 2, kRows>(rows, k, a, lda, panel_b, ldb, c + r * ldc, ldc, add, more);
+        } else {
+          micro_tail<U, 1, kRows>(rows, k, a, lda, panel_b, ldb, c + r * ldc, ldc, add, more);
+        }
       }
     }
   }
@@ -569,14 +572,8 @@ FMM_INLINE void times_columns(const PTile<U>& p, int m, int n, const BOperand<U>
 template <class U>
 FMM_INLINE void scores(const AOperand<U>& a, int64_t row0, const U* bt, int m, int n, int64_t width,
                        float* s, Ahead* ahead = nullptr) {
-  const int k = units<U>(width);
-  int k0 = 0;
-  do {
-    const BOperand<U> b{bt + k0 * kPanel, kPanel, int64_t{k} * kPanel};
-    const Term<U> term{a.data + row0 * a.ld + k0, b, std::min(kDepth, k - k0)};
-    gemm<U, true>(m, vectors(n), &term, 1, a.ld, s, kBlock, k0 > 0, k0 > 0 ? nullptr : ahead);
-    k0 += kDepth;
-  } while (k0 < k);
+  const Term<U> term{a.data + row0 * a.ld, packed_b(bt, width), units<U>(width)};
+  gemm<U, true>(m, vectors(n), &term, 1, a.ld, s, kBlock, false, ahead);
 }
 
 }  // namespace fmm::cpu::FMM_ISA
