@@ -165,6 +165,12 @@ class PairLossSuite(OpSuite):
             got = harness.run(case, backend)
             assert all(t.isfinite().all() for t in got.values())
 
+    @pytest.mark.parametrize("seed", [0, 2, 3])
+    def test_wide_rows_are_as_exact(self, backend, device, seed):
+        """fp32 sums of 1024 products: BLAS adds 128 at a time, for roundings add up."""
+        case = self.case(PairShape(100, 100, 1024), logit_scale=1e4, device=device, seed=seed)
+        testing.assert_no_worse_than_eager(harness.accepted(case, backend), backend)
+
     @pytest.mark.parametrize("bad", [NAN, float("inf")], ids=["nan", "inf"])
     def test_bad_problem_stays_in_its_problem(self, backend, device, dtype, bad):
         clean = self.case(PairShape(131, 131, 24, (3,)), dtype, logit_scale="rows", device=device)

@@ -80,6 +80,41 @@ def load_block(ptr, stride_m, stride_d, offs_m, offs_d, M, D):
 
 
 @triton.jit
+def _products(
+    a_ptr, b_ptr, a_m, a_k, b_k, b_n, offs_m, offs_n, M, N, K, start, end, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Products start to end of matmul_tile, in one sum."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(start, end, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        a = load_block(a_ptr, a_m, a_k, offs_m, offs_k, M, K)
+        b = load_block(b_ptr, b_k, b_n, offs_k, offs_n, K, N)
+        acc += dot_tile(a, b)
+    return acc
+
+
+@triton.jit
+def matmul_tile(
+    a_ptr, b_ptr, a_m, a_k, b_k, b_n, offs_m, offs_n, M, N, K, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """a [M, K] @ b [K, N] in fp32, [BLOCK_M, BLOCK_N]; 0 outside [M, N]. fp32 factors: sums of 128
+    products, added, for roundings grow with their number."""
+    if b_ptr.dtype.element_ty == tl.float32:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, K, 128):
+            acc += _products(
+                a_ptr, b_ptr, a_m, a_k, b_k, b_n, offs_m, offs_n, M, N, K,
+                k0, tl.minimum(k0 + 128, K), BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        return acc
+    return _products(
+        a_ptr, b_ptr, a_m, a_k, b_k, b_n, offs_m, offs_n, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+
+
+@triton.jit
 def dots_tile(
     x, y, g, offs_m, offs_n, M, N, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -87,13 +122,9 @@ def dots_tile(
     """x @ y.T of problem g in fp32, [BLOCK_M, BLOCK_N]; 0 outside [M, N]."""
     x_ptr = x.ptr + g.to(tl.int64) * x.g
     y_ptr = y.ptr + g.to(tl.int64) * y.g
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for d0 in range(0, D, BLOCK_D):
-        offs_d = d0 + tl.arange(0, BLOCK_D)
-        a = load_block(x_ptr, x.m, x.d, offs_m, offs_d, M, D)
-        b = load_block(y_ptr, y.m, y.d, offs_n, offs_d, N, D)
-        acc += dot_tile(a, tl.trans(b))
-    return acc
+    return matmul_tile(
+        x_ptr, y_ptr, x.m, x.d, y.d, y.m, offs_m, offs_n, M, N, D, BLOCK_M, BLOCK_N, BLOCK_D
+    )
 
 
 @triton.jit
@@ -126,12 +157,10 @@ def product_kernel(
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     a_ptr = a.ptr + g.to(tl.int64) * a.g
     b_ptr = b.ptr + g.to(tl.int64) * b.g
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in range(0, inner, BLOCK_D):
-        offs_k = k0 + tl.arange(0, BLOCK_D)
-        left = load_block(a_ptr, a.m, a.d, offs_m, offs_k, rows, inner)
-        right = load_block(b_ptr, b.m, b.d, offs_k, offs_n, inner, width)
-        acc += dot_tile(left, right)
+    acc = matmul_tile(
+        a_ptr, b_ptr, a.m, a.d, b.m, b.d, offs_m, offs_n, rows, width, inner,
+        BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     acc *= tl.load(peak)
     ptrs = out.ptr + g.to(tl.int64) * out.g + offs_m[:, None].to(tl.int64) * out.m
     ptrs += offs_n[None, :].to(tl.int64) * out.d
