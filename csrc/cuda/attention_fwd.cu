@@ -71,6 +71,10 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
   constexpr int kApart = 16 * S::kStrips;  // the warp's strips of rows
   using By = Dots<kInFours<T, S::kStrips>>;
   const int row0 = S::strip_of(warp) * 16, col0 = S::part_of(warp) * 8 * kDT;
+  // A warp's rows of q in registers, where there are some left.
+  constexpr bool kHoldQ =
+      sizeof(T) == 2 && !By::kTogether && kMT == 1 && S::kBlocks == 1 && kWidth <= 128;
+  FragA<T> rows[kHoldQ ? kWidth / kStep<T> : 1];
 
   constexpr uint32_t kTileBytes = S::kCols * kWidth * sizeof(T);
   const Tile<T, kWidth> q{shared_address(smem)};
@@ -103,11 +107,21 @@ __global__ void __launch_bounds__((AttendFwd<sizeof(T), kWidth, kHeight>::kThrea
     const int n0 = j * S::kCols;
     const ColumnBits<kNT> kept(walked.v.keep, n0, p.b.rows);
     float s[kMT][kNT][4], part[kMT][2];
+    if constexpr (kHoldQ) {
+      if (start) {
+        const auto from = lanes.a(q, row0);
+        unroll<kWidth / kStep<T>>([&](auto i) { load_a<0, i * kStep<T>>(rows[i], from); });
+      }
+    }
     // Again where the references of some rows do not serve.
     for (bool again = false;; again = true) {
       if (!By::kTogether || again) {  // this warp alone
         clear(s);
-        dot_scores<kApart>(s, q, row0, t.qk, lanes);
+        if constexpr (kHoldQ) {
+          dot_rows(s[0], rows, t.qk, lanes);
+        } else {
+          dot_scores<kApart>(s, q, row0, t.qk, lanes);
+        }
       } else {
         By::template start_scores<kApart>(s, q, row0, t.qk, lanes);
         By::template wait<0>(s);

@@ -249,6 +249,21 @@ __device__ inline void dot_tile(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int 
   }
 }
 
+// The same of 16 rows of a that are already in fragments.
+template <typename T, int kSteps, int kNT, int kWidth>
+__device__ inline void dot_rows(float (&c)[kNT][4], const FragA<T> (&a)[kSteps], Tile<T, kWidth> b,
+                                const Lanes<Tile<T, kWidth>>& lanes) {
+  static_assert(kSteps * kStep<T> == kWidth);
+  const auto from = lanes.b(b);
+  unroll<kSteps * kNT / 2>([&](auto at) {
+    constexpr int step = at / (kNT / 2), n = at % (kNT / 2);
+    FragB<T> fb[2];
+    load_b<16 * n, step * kStep<T>>(fb, from);
+    mma<T>(c[2 * n], a[step], fb[0]);
+    mma<T>(c[2 * n + 1], a[step], fb[1]);
+  });
+}
+
 // dot_tile for scores: fp32 by FMA, sums of 128 apart, for roundings grow with their number.
 template <int kApart = 16, typename T, int kMT, int kNT, int kWidth>
 __device__ inline void dot_scores(float (&c)[kMT][kNT][4], Tile<T, kWidth> a, int row,
