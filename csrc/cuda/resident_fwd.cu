@@ -316,15 +316,16 @@ __global__ void __launch_bounds__((ResidentFwd<kWidth, kCols>::kThreads),
           if (!keep[i % 4 / 2]) s[0][i / 4][i % 4] = 0.0f;  // also where it is not a number
         }
       }
-      float most = 0.0f;
 #pragma unroll
       for (int i = 0; i < 2 * kNT; ++i) {
         part[i / 2][i % 2] = s[0][i / 2][i % 2] + s[0][i / 2][i % 2 + 2];
         asm volatile("" : "+f"(part[i / 2][i % 2]));  // after the barrier it takes copies of s
-        most = fmaxf(most, part[i / 2][i % 2]);
       }
       // In bf16 what rows refer to bounds p_col, unless columns that are no keys lie above it.
       if ((kGain || !kept.all) && pass != Pass::kColumns) {
+        float most = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 2 * kNT; ++i) most = fmaxf(most, part[i / 2][i % 2]);
         over = over || most > (kGain ? 2048.0f : 0x1p40f);
       }
       if (same) {
