@@ -13,12 +13,20 @@
 
 namespace fmm {
 
-// ContrastiveStats' [6, rows] and, for coefficients, dloss [rows].
+// ContrastiveStats' [6, rows], rows = G * L, and what is made of them: losses [rows], or of dloss
+// [G, L] ContrastiveGrad's coefficients [5, rows].
 struct ContrastiveRows {
-  const double *stats, *dloss;
-  int64_t rows;
+  const double* stats;
+  int64_t rows, L;
   double smoothing;
-  double* out;  // losses [rows], or ContrastiveGrad's [5, rows]
+  float* loss;
+  const float* dloss;
+  int64_t dloss_stride[2];
+  double* coef;
+
+  FMM_HOST_DEVICE float dloss_of(int64_t i) const {
+    return dloss[i / L * dloss_stride[0] + i % L * dloss_stride[1]];
+  }
 };
 
 struct ContrastiveRow {
@@ -62,10 +70,10 @@ struct ContrastiveRow {
 
 FMM_HOST_DEVICE inline void contrastive_row(const ContrastiveRows& a, int64_t i) {
   const ContrastiveRow row(a, i);
-  if (a.dloss == nullptr) {
-    a.out[i] = row.loss();
+  if (a.loss != nullptr) {
+    a.loss[i] = static_cast<float>(row.loss());
   } else {
-    row.coefficients(a.dloss[i], a.out + i, a.rows);
+    row.coefficients(a.dloss_of(i), a.coef + i, a.rows);
   }
 }
 

@@ -292,7 +292,8 @@ def test_rows_in_one_pass(backend, device, smoothing):
         torch.testing.assert_close(got.cpu(), want, rtol=1e-14, atol=0, equal_nan=True)
     got = pairs.row_loss(there, smoothing, module).cpu()
     want = pairs.row_loss(stats, smoothing)
-    torch.testing.assert_close(got, want, rtol=1e-13, atol=0, equal_nan=True)
+    rtol = 1e-13 if got.dtype == torch.float64 else 1e-7  # as results are, or as they end
+    torch.testing.assert_close(got, want.to(got.dtype), rtol=rtol, atol=0, equal_nan=True)
 
 
 class TestSelfSimilarity:

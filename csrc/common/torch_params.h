@@ -75,18 +75,28 @@ inline at::Tensor contiguous_float(const OptTensor& t, const at::Tensor& like) {
   return t ? contiguous_float(*t) : at::zeros(like.sizes(), like.options().dtype(at::kFloat));
 }
 
-// contrastive_row over statistics [6, G, rows], by run(ContrastiveRows): losses, or the backward's
-// coefficients if there is a dloss [G, rows].
+// contrastive_row over statistics [6, G, rows], by run(ContrastiveRows): losses in fp32, or the
+// backward's coefficients if there is a dloss [G, rows].
 template <typename Run>
 at::Tensor contrastive_rows(const at::Tensor& stats, const OptTensor& dloss, double smoothing,
                             const Run& run) {
   FMM_CHECK(stats.dim() == 3 && stats.size(0) == 6, "stats: [6, G, rows]");
-  const int64_t G = stats.size(1), rows = stats.size(2);
-  const at::Tensor s = contiguous_double(stats), d = dloss ? contiguous_double(*dloss) : s;
-  if (dloss) check_shape(d, {G, rows}, "dloss");
-  at::Tensor out = dloss ? at::empty({5, G, rows}, s.options()) : at::empty({G, rows}, s.options());
-  run(ContrastiveRows{s.const_data_ptr<double>(), dloss ? d.const_data_ptr<double>() : nullptr,
-                      G * rows, smoothing, out.data_ptr<double>()});
+  const int64_t G = stats.size(1), L = stats.size(2);
+  const at::Tensor s = contiguous_double(stats);
+  ContrastiveRows a{s.const_data_ptr<double>(), G * L, L, smoothing, nullptr, nullptr, {}, nullptr};
+  at::Tensor out, d;
+  if (dloss) {
+    check_shape(*dloss, {G, L}, "dloss");
+    d = dloss->to(at::kFloat);
+    a.dloss = d.const_data_ptr<float>();
+    a.dloss_stride[0] = d.stride(0), a.dloss_stride[1] = d.stride(1);
+    out = at::empty({5, G, L}, s.options());
+    a.coef = out.data_ptr<double>();
+  } else {
+    out = at::empty({G, L}, s.options().dtype(at::kFloat));
+    a.loss = out.data_ptr<float>();
+  }
+  if (a.rows > 0) run(a);
   return out;
 }
 

@@ -105,7 +105,7 @@ struct UnitRows {
   void* unit;  // [G, M, D] of x's type
 };
 
-// dx = peak * (inv * (du - u * <u, du>)), or peak * du where inv == nullptr.
+// dx = peak * (inv * (du - u * <u, du>)), or peak * du where inv == nullptr; no peak: 1.
 struct UnitGrad {
   Tensor4 x;
   int64_t G, M, D;

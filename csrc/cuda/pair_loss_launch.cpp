@@ -46,10 +46,17 @@ void product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bo
   }
 }
 
+// out = the sum of parts [n, ...].
+void sum_of(const at::Tensor& parts, at::Tensor out) { at::sum_out(out, parts, 0); }
+
 // A kernel of k.rows elements a block over n of them.
 template <typename Params>
 void run(const Kernel& k, int64_t n, const Params& params, const at::Tensor& on) {
   launch(k.function, tiles(n, k.rows), k.threads, k.smem, params, on);
+}
+
+const float* floats_of(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<float>() : nullptr;
 }
 
 // A tensor of the call and, with `normalize`, its rows at unit length.
@@ -72,13 +79,7 @@ struct Rows {
     if (!inv.defined() && raw.scalar_type() == at::kFloat) return du;
     const int64_t G = raw.size(0), M = raw.size(1), D = raw.size(2);
     at::Tensor dx = at::empty(raw.sizes(), raw.options());
-    const UnitGrad a{tensor4(raw),
-                     G,
-                     M,
-                     D,
-                     inv.defined() ? inv.data_ptr<float>() : nullptr,
-                     du.data_ptr<float>(),
-                     peak.data_ptr<float>(),
+    const UnitGrad a{tensor4(raw), G, M, D, floats_of(inv), du.data_ptr<float>(), floats_of(peak),
                      dx.data_ptr()};
     run(unit_grad(dtype_of(raw)), G * M, a, raw);
     return dx;
@@ -174,7 +175,7 @@ struct Call {
         Chunk c{g0, std::min(g0 + step_g, G), m0, std::min(m0 + step_m, M), {}, {}, {}, {}};
         c.x = x.t.narrow(0, g0, c.g()).narrow(1, m0, c.m()), c.y = y.t.narrow(0, g0, c.g());
         Scores& s = c.scores;
-        s.G = c.g(), s.M = c.m(), s.N = N, s.pitch = pitch, s.bias = bias_data();
+        s.G = c.g(), s.M = c.m(), s.N = N, s.pitch = pitch, s.bias = floats_of(bias);
         const at::Tensor part = c.rows(scale);
         s.scale = part.const_data_ptr<float>();
         s.scale_stride[0] = part.stride(0), s.scale_stride[1] = part.stride(1);
@@ -225,7 +226,6 @@ struct Call {
     a.L = N, a.id = ids_y;
     return a;
   }
-  const float* bias_data() const { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; }
 
  private:
   static Indices moved(const Indices& t, int64_t g, int64_t i) {
@@ -234,15 +234,14 @@ struct Call {
   }
 };
 
-// A number near max |w|, [1]: fp16 would flush w to zero without it; 1 for other types.
+// A number near max |w|, [1], without which fp16 would flush w to zero; undefined for other types.
 at::Tensor peak_of(const Call& call, std::initializer_list<at::Tensor> weights) {
-  at::Tensor one = at::ones({1}, call.floats());
-  if (call.x.raw.scalar_type() != at::kHalf || call.empty()) return one;
+  if (call.x.raw.scalar_type() != at::kHalf || call.empty()) return {};
   const auto most = [](const at::Tensor& t) { return t.nan_to_num(0.0, 0.0, 0.0).abs().amax(); };
   at::Tensor sum = at::zeros({}, call.floats());
   for (const at::Tensor& w : weights) sum = sum + most(w).to(at::kFloat);
   const at::Tensor peak = sum * most(call.scale);
-  return at::where(peak > 0.0, peak, one);
+  return at::where(peak > 0.0, peak, at::ones({1}, call.floats()));
 }
 
 // What the backward needs to know of the rows of x or of y.
@@ -262,8 +261,9 @@ struct Backward {
   at::Tensor hold_x, hold_y;
 
   std::vector<at::Tensor> run() const {
-    at::Tensor dx, dy, sums = at::zeros({call.kernels.sums, call.G, call.M}, call.floats());
+    at::Tensor dx, dy, sums;
     if (call.empty()) {
+      sums = at::zeros({call.kernels.sums, call.G, call.M}, call.floats());
       if (needs[0]) dx = call.x.wide().zero_();
       if (needs[1]) dy = call.y.wide().zero_();
     } else if (call.fused()) {
@@ -275,7 +275,9 @@ struct Backward {
     if (needs[0]) grads.push_back(call.x.grad(dx, peak));
     if (needs[1]) grads.push_back(call.y.grad(dy, peak));
     for (size_t k = 2; k < needs.size(); ++k) {
-      if (needs[k]) grads.push_back(sums[k - 2] * peak);
+      if (!needs[k]) continue;
+      const at::Tensor sum = sums[k - 2];  // results of an op share no memory
+      grads.push_back(peak.defined() ? sum * peak : k > 2 ? sum.clone() : sum);
     }
     return grads;
   }
@@ -286,8 +288,8 @@ struct Backward {
   void fused(at::Tensor& dx, at::Tensor& dy, at::Tensor& sums) const {
     const Kernel& k = call.kernels.fused_bwd;
     const at::Tensor& on = call.x.raw;
-    FusedBackward p{call.G,      call.D,          0, {}, call.ids_x.data != nullptr,
-                    call.ignore, call.bias_data()};
+    FusedBackward p{
+        call.G, call.D, 0, {}, call.ids_x.data != nullptr, call.ignore, floats_of(call.bias)};
     at::Tensor out[2], part;
     int64_t blocks[2] = {0, 0};
     for (int i = 0; i < 2; ++i) {
@@ -320,6 +322,7 @@ struct Backward {
     at::Tensor room[2];  // fp32, narrow
     if (needs[0]) dx = call.x.wide();
     if (needs[1]) dy = call.y.wide();
+    if (any_sums()) sums = at::empty({call.kernels.sums, call.G, call.M}, call.floats());
     call.stored_chunks(true, room[0], [&](const Chunk& c) {
       const bool apart = products && (narrow || c.kept);  // another backward may read the kept
       const at::Tensor w = apart ? call.scratch(room[narrow], c, call.x.raw.scalar_type()) : c.dots;
@@ -332,7 +335,7 @@ struct Backward {
                              products ? w.data_ptr() : nullptr, part.data_ptr<float>()};
       const int64_t blocks = c.g() * tiles(c.m(), k.rows) * parts;
       launch(k.function, blocks, k.threads, k.smem, p, call.x.raw);
-      c.rows(sums).copy_(part.sum(0));
+      if (any_sums()) sum_of(part, c.rows(sums));
       if (needs[0]) product(dx.narrow(0, c.g0, c.g()).narrow(1, c.m0, c.m()), w, c.y, false);
       if (needs[1]) product(dy.narrow(0, c.g0, c.g()), w.mT(), c.x, c.m0 > 0);
     });
@@ -393,13 +396,14 @@ std::tuple<at::Tensor, at::Tensor> contrastive_loss_fwd(
   const Plain plain;
   const Call call(contrastive_kernels, x, y, logit_scale, positives, ids_x, ids_y, ignore,
                   normalize, dots);
-  const auto stats = [&](int64_t rows) {
-    at::Tensor t = at::zeros({6, call.G, rows}, call.floats().dtype(at::kDouble));
-    t.narrow(0, 0, 2).fill_(-kInf);
+  want_x = want_x && !call.empty(), want_y = want_y && !call.empty();
+  const auto stats = [&](int64_t rows, bool written) {
+    at::Tensor t = at::empty({6, call.G, rows}, call.floats().dtype(at::kDouble));
+    if (!written) t.zero_().narrow(0, 0, 2).fill_(-kInf);
     return t;
   };
-  at::Tensor stats_x = stats(call.M), stats_y = stats(call.N);
-  if (call.empty() || !(want_x || want_y)) return {stats_x, stats_y};
+  at::Tensor stats_x = stats(call.M, want_x), stats_y = stats(call.N, want_y);
+  if (!(want_x || want_y)) return {stats_x, stats_y};
   forward(call, kPartStats, want_x, want_y,
           [&](const Chunk& c, const at::Tensor& part_x, const at::Tensor& part_y) {
             if (want_x) merge(part_x, stats_x, c.g0, c.m0, false);
@@ -423,7 +427,7 @@ std::vector<at::Tensor> contrastive_loss_bwd(const at::Tensor& coef_x, const at:
   Backward backward{call, std::vector<bool>(needs.begin(), needs.end()),
                     peak_of(call, {cx[1], cy[1]})};
   FactRows a = call.fact_rows_x(), b = call.fact_rows_y();
-  a.peak = b.peak = backward.peak.data_ptr<float>();
+  a.peak = b.peak = floats_of(backward.peak);
   a.coef = cx.const_data_ptr<double>(), b.coef = cy.const_data_ptr<double>();
   backward.x = facts_of(call, a, backward.hold_x);
   backward.y = facts_of(call, b, backward.hold_y);
@@ -443,10 +447,10 @@ at::Tensor sigmoid_loss_fwd(const at::Tensor& x, const at::Tensor& y, const at::
   const Plain plain;
   Call call(sigmoid_kernels, x, y, logit_scale, positives, ids_x, ids_y, false, normalize, dots);
   set_bias(call, logit_bias);
-  at::Tensor loss = at::zeros({call.G, call.M}, call.floats());
-  if (call.empty()) return loss;
+  if (call.empty()) return at::zeros({call.G, call.M}, call.floats());
+  at::Tensor loss = at::empty({call.G, call.M}, call.floats());
   forward(call, 1, true, false, [&](const Chunk& c, const at::Tensor& part, const at::Tensor&) {
-    c.rows(loss).copy_(part.sum(0)[0]);
+    sum_of(part.select(1, 0), c.rows(loss));
   });
   return loss;
 }
@@ -464,7 +468,7 @@ std::vector<at::Tensor> sigmoid_loss_bwd(const at::Tensor& dloss, const at::Tens
   check_shape(weight, {call.G, call.M}, "dloss");
   Backward backward{call, std::vector<bool>(needs.begin(), needs.end()), peak_of(call, {weight})};
   FactRows a = call.fact_rows_x();
-  a.weight = weight.const_data_ptr<float>(), a.peak = backward.peak.data_ptr<float>();
+  a.weight = weight.const_data_ptr<float>(), a.peak = floats_of(backward.peak);
   backward.x = facts_of(call, a, backward.hold_x);
   backward.y = facts_of(call, call.fact_rows_y(), backward.hold_y);
   return backward.run();

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock)
   if (at >= a.G * a.M) return;
   const float* du = a.du + at * a.D;
   T* dx = static_cast<T*>(a.dx) + at * a.D;
-  const float peak = *a.peak;
+  const float peak = a.peak ? *a.peak : 1.0f;
   if (a.inv == nullptr) {
     for (int64_t d = lane; d < a.D; d += 32) dx[d] = static_cast<T>(peak * du[d]);
     return;

@@ -118,12 +118,10 @@ def contrastive_loss(
         loss_y, stats_y = loss_x, stats_x
     if reduction == "none":
         return loss_x.reshape(*lead, M), loss_y.reshape(*lead, N)
-    totals = [
-        pairs.total(loss, stats, reduction, diagonal)
-        for loss, stats, way in ((loss_x, stats_x, "y"), (loss_y, stats_y, "x"))
-        if direction != way
-    ]
-    return (totals[0] + totals[1]) / 2 if direction == "both" else totals[0]
+    parts = [(loss_x, stats_x)] if direction != "y" else []
+    if direction != "x":
+        parts.append((loss_y, stats_y))
+    return pairs.total(parts, reduction, diagonal)
 
 
 def _check_self(x, y, logit_scale, positives, ids_x, ids_y, duplicates: str) -> None:

@@ -95,12 +95,18 @@ def given(dots: Tensor) -> tuple[Tensor, ...]:
     return (dots,) if dots.numel() else ()
 
 
-def total(loss: Tensor, stats: Tensor, reduction: str, every: bool) -> Tensor:
-    """Sum over rows, or mean over those that have a positive: `every` one, or by count; 0 if none
-    has."""
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (max(loss.numel(), 1) if every else (stats[3] > 0.0).sum().clamp_min(1))
+def total(parts: list[tuple[Tensor, Tensor]], reduction: str, every: bool) -> Tensor:
+    """Of directions (losses, stats) the mean: of their sums, or of their means over rows that have
+    a positive, `every` one, or by count; 0 if none has."""
+    sums = [loss.sum() for loss, _ in parts]
+    n = len(parts)
+    if reduction == "mean" and every:  # as many rows in either direction
+        n *= max(parts[0][0].numel(), 1)
+    elif reduction == "mean":
+        counts = [(stats[3] > 0.0).sum().clamp_min(1) for _, stats in parts]
+        sums = [s / count for s, count in zip(sums, counts, strict=True)]
+    joint = sums[0] + sums[1] if len(sums) == 2 else sums[0]
+    return joint / n if n > 1 else joint
 
 
 def as_rows(logit_scale: Tensor | float, x: Tensor, G: int, M: int) -> Tensor:
@@ -108,7 +114,9 @@ def as_rows(logit_scale: Tensor | float, x: Tensor, G: int, M: int) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(logit_scale, Tensor):
         return torch.full((1,), float(logit_scale), dtype=dtype, device=x.device)
-    return logit_scale.to(dtype).reshape((1,) if logit_scale.numel() == 1 else (G, M))
+    shape = (1,) if logit_scale.numel() == 1 else (G, M)
+    scale = logit_scale if logit_scale.dtype == dtype else logit_scale.to(dtype)
+    return scale if scale.shape == shape else scale.reshape(shape)
 
 
 def range_of(positives: Tensor | None) -> tuple[int, int]:
