@@ -9,6 +9,7 @@ Memory O(rows * D): only sizes and sums are gathered. All ranks must call, and g
 from __future__ import annotations  # torch may be built without torch.distributed
 
 import contextlib
+import functools
 import struct
 from collections.abc import Callable, Iterator
 
@@ -278,6 +279,35 @@ def contrastive_loss(
     return total.to(loss_x.dtype)
 
 
+class _Refused(torch.autograd.Function):
+    """Gradients as they are, of which a derivative is an error."""
+
+    @staticmethod
+    def forward(ctx, op: str, count: int, *tensors):
+        ctx.op = op
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op}: group: a second derivative is not implemented")
+
+
+def _first_order(backward: Callable) -> Callable:
+    """A backward that nobody can differentiate: not by the gradients that come, which
+    once_differentiable sees to, nor by the inputs that it saved."""
+
+    @functools.wraps(backward)
+    def refusing(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        op = ctx.options[0].op
+        return _Refused.apply(op, len(results), *results, *ctx.saved_tensors, *grads)
+
+    return refusing
+
+
 class _Contrastive(torch.autograd.Function):
     """loss_x [G, M], loss_y [G, N] and how many of their rows have a match, of this rank."""
 
@@ -316,7 +346,7 @@ class _Contrastive(torch.autograd.Function):
         return loss_x.to(scale.dtype), loss_y.to(scale.dtype), n_x, n_y
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, dloss_x, dloss_y, _dn_x, _dn_y):
         x, y, scale, positives, ids_x, ids_y, stats_x, stats_y = ctx.saved_tensors
         ring, backend, ignore, smoothing, normalize, want_x, want_y, exclude_self = ctx.options
@@ -395,7 +425,7 @@ class _Sigmoid(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, dloss):
         x, y, scale, bias, positives, ids_x, ids_y = ctx.saved_tensors
         ring, backend, normalize = ctx.options

@@ -179,6 +179,7 @@ def worker(rank: int, folder: str) -> None:
     group = groups[4]
     results["bytes"] = count_bytes(group, rank)
     results["refusals"] = refusals(group, rank)
+    results["second"] = second_derivatives(group)
     results["ddp"] = train(group, rank)
     results["fsdp"] = fsdp_step(group)
     with_a_dead_rank(rank, folder, results)
@@ -237,6 +238,23 @@ def refusals(group, rank: int) -> list[str]:
             said.append("nothing")
         except ValueError as error:
             said.append(str(error))
+    return said
+
+
+def second_derivatives(group) -> list[str]:
+    """What a gradient says that is differentiated through the inputs alone."""
+    said = []
+    for loss, rest in ((fusedmm.contrastive_loss, ()), (fusedmm.sigmoid_loss, (-1.0,))):
+        for reduction in ("mean", "sum"):
+            w = torch.eye(4, requires_grad=True)
+            x = torch.ones(3, 4) @ w
+            value = loss(x.tanh(), torch.ones(3, 4), 2.0, *rest, group=group, reduction=reduction)
+            (grad,) = torch.autograd.grad(value, w, create_graph=True)
+            try:
+                (value + grad.square().sum()).backward()
+                said.append("nothing")
+            except RuntimeError as error:
+                said.append(str(error))
     return said
 
 
@@ -417,6 +435,13 @@ def test_one_odd_rank_is_an_error_on_every_rank(results):
         "contrastive_loss: y: expected as many rows as x over all ranks, 13, got 12"
     }
     assert set(positives) == {"contrastive_loss: positives: expected indices in [0, 12), got 12"}
+
+
+def test_second_derivatives_are_refused(results):
+    for r in results:
+        assert len(r["second"]) == 4
+        for said, op in zip(r["second"], ["contrastive"] * 2 + ["sigmoid"] * 2, strict=True):
+            assert said == f"{op}_loss: group: a second derivative is not implemented"
 
 
 def test_a_dead_rank_is_an_error_in_time(results):
