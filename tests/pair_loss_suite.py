@@ -9,6 +9,7 @@ import torch
 from op_suite import DTYPES, OpSuite
 from torch import Tensor
 
+import fusedmm
 from fusedmm import testing
 from fusedmm.ops import pairs
 from fusedmm.testing import PairShape, fused, make_case
@@ -95,6 +96,21 @@ class PairLossSuite(OpSuite):
         got = harness.run(case, "cpu")
         for name, t in want.items():
             assert torch.equal(got[name].isfinite(), t.isfinite()), name
+
+    def test_exports_with_any_number_of_rows(self):
+        """Also above and below sizes from which products are kept."""
+        case = self.case(PairShape(6, 6, 8), reduction="mean")
+        rest = [t for name, t in case.tensors.items() if name not in "xy"]
+
+        class Loss(torch.nn.Module):
+            def forward(_, x, y):
+                return getattr(fusedmm, self.op)(x, y, *rest)
+
+        rows = {0: torch.export.Dim("M")}
+        x, y = case.tensors["x"], case.tensors["y"]
+        program = torch.export.export(Loss(), (x, y), dynamic_shapes=({**rows}, {**rows}))
+        x, y = torch.randn(1100, 8), torch.randn(1100, 8)
+        assert torch.equal(program.module()(x, y), Loss()(x, y))
 
     def test_losses_are_fp32(self, backend, device, dtype):
         for reduction in ("none", "mean", "sum"):

@@ -335,6 +335,54 @@ def test_vmap_joins_the_batch(name: str) -> None:
         want = loss(leaf, *(m[i] for m in many[1:-1]), many[-1][0])
         torch.testing.assert_close(values[i], want)
         torch.testing.assert_close(grads[i], torch.autograd.grad(want, leaf)[0])
+    op = getattr(fusedmm, name)
     with pytest.raises((NotImplementedError, RuntimeError), match="vmap|randomness"):
-        op = getattr(fusedmm, name)
         torch.vmap(lambda *a: op(*a, dropout_p=0.5), in_dims=dims)(*args)
+    single = [t[:, :1] for t in many]  # a batch of one, as the seed has
+    with pytest.raises(NotImplementedError, match="vmap with dropout"):
+        torch.vmap(lambda *a: op(*a, dropout_p=0.5), randomness="same")(*single)
+    assert torch.vmap(op)(*(t[:0] for t in many))[0].shape == (0, 2, 2, 7, 4)
+
+
+@pytest.mark.parametrize("name", ["contrastive_loss", "sigmoid_loss"])
+def test_torch_func_on_losses(name: str) -> None:
+    """grad, jacrev and vmap, alone and together, are what autograd gives one by one."""
+    many, y = torch.randn(3, 6, 8), torch.randn(6, 8)
+    rest = (2.0, -1.0)[: len(POSITIONAL[name]) - 2]
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return getattr(fusedmm, name)(x, y, *rest)
+
+    want = [torch.autograd.grad(loss(x), x)[0] for x in many.clone().requires_grad_()]
+    assert torch.equal(torch.func.grad(loss)(many[1]), want[1])
+    assert torch.equal(torch.func.jacrev(loss)(many[1]), want[1])
+    assert torch.equal(torch.vmap(loss)(many), torch.stack([loss(x) for x in many]))
+    assert torch.equal(torch.vmap(torch.func.grad(loss))(many), torch.stack(want))
+    with pytest.raises(RuntimeError, match="no derivative"):
+        torch.func.jacrev(torch.func.jacrev(loss))(many[0])
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(loss, (many[0],), (many[0],))
+
+
+@pytest.mark.parametrize("name", sorted(POSITIONAL))
+def test_forward_mode_is_refused(name: str) -> None:
+    """Not a tangent of None or zero."""
+    loss = "loss" in name
+    args = [torch.randn(6, 8) if loss else torch.randn(1, 1, 3, 4) for _ in POSITIONAL[name]]
+    if loss:
+        args[2:] = [2.0, -1.0][: len(args) - 2]
+    with torch.autograd.forward_ad.dual_level():
+        getattr(fusedmm, name)(*args)
+        args[1] = torch.autograd.forward_ad.make_dual(args[1], torch.ones_like(args[1]))
+        with pytest.raises(NotImplementedError, match=f"{name}.*forward-mode derivatives"):
+            getattr(fusedmm, name)(*args)
+
+
+def test_dropout_under_another_default_device() -> None:
+    x = torch.randn(1, 1, 3, 4)
+    torch.manual_seed(1)
+    want = fusedmm.bi_attention(x, x, x, x, dropout_p=0.5)
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        got = fusedmm.bi_attention(x, x, x, x, dropout_p=0.5)
+    assert torch.equal(got[0], want[0])

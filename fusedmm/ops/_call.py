@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import dispatch
 
@@ -83,18 +84,35 @@ class Op:
                     return a
                 a = a.expand(n, *a.shape) if dim is None else a.movedim(dim, 0)
                 B = a.shape[1] if B is None else B
+                if a.dim() < 3:
+                    raise NotImplementedError(f"{self._name}: vmap with dropout")
                 if a.shape[1] != B:
-                    if a.dim() < 3:
-                        raise NotImplementedError(f"{self._name}: vmap with dropout")
                     a = a.expand(n, B, *a.shape[2:])
                 return a.flatten(0, 1)
 
             out = self(*map(join, args, in_dims))
-            split = [t.unflatten(0, (n, t.shape[0] // n)) for t in out]
+            split = [t.unflatten(0, (n, B)) for t in out]
             return tuple(split), (0,) * len(split)
 
+        self._transform(rule)
+
+    def register_loop(self) -> None:
+        """vmap for an op that has no batch to join: one call after another."""
+
+        def rule(info, in_dims, *args):
+            def one(i: int) -> tuple:
+                at = zip(args, in_dims, strict=True)
+                return self(*(t.select(d, i) if isinstance(d, int) else t for t, d in at))
+
+            calls = zip(*map(one, range(info.batch_size)), strict=True)
+            out = tuple(torch.stack(results) for results in calls)
+            return out, (0,) * len(out)
+
+        self._transform(rule)
+
+    def _transform(self, rule: Callable) -> None:
+        """What torch.func sees: torch.library's own Function cannot be under torch.func.grad."""
         self._custom.register_vmap(rule)
-        # torch.library's own Function cannot be under torch.func.grad.
         methods = {
             "forward": staticmethod(lambda *args: tuple(self._custom(*args))),
             "setup_context": staticmethod(self._setup),
@@ -111,6 +129,10 @@ class Op:
         if not _eager(args):
             if self._transformed and _in_func_transform():
                 return self._transformed.apply(*args)
+            if any(map(_dual, args)):
+                raise NotImplementedError(
+                    f"{self._name}: forward-mode derivatives are not implemented"
+                )
             return self._custom(*args)
         if not (torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in args)):
             return self._body(*args)
@@ -131,10 +153,18 @@ def _eager(args: tuple) -> bool:
     """Whether nobody but autograd watches the call: no tracing, transform, mode or subclass."""
     return (
         not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and not _in_func_transform()
         and _PLAIN.issuperset(map(type, args))
     )
+
+
+def _dual(a) -> bool:
+    """Whether a is a tensor with a tangent, outside of tracing."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0 or not isinstance(a, Tensor):
+        return False
+    return forward_ad.unpack_dual(a).tangent is not None
 
 
 def _in_func_transform() -> bool:

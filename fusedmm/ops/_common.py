@@ -24,7 +24,7 @@ def draw_seed(dropout_p: float) -> Tensor | None:
     """A 63-bit Philox seed from torch's CPU generator; None without dropout."""
     if dropout_p == 0.0:
         return None
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
 
 
 def public_lse(o: Tensor, *lse: Tensor) -> tuple[Tensor, ...]:

@@ -246,3 +246,5 @@ def _backward(ctx, dloss_x, dloss_y, *_):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)
+_fwd.register_loop()
+_bwd.register_loop()

@@ -75,9 +75,9 @@ def kept_dots(name: str, asked, *inputs: Tensor) -> int:
     they use whole chunks, where products pass through memory anyway. Nothing if no input requires a
     gradient.
     """
-    if min(asked.M, asked.N) < KEEP_ROWS:
-        return 0
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        return 0
+    if min(asked.M, asked.N) < KEEP_ROWS:  # last: an export of sizes that vary asks nothing
         return 0
     if name == "cpu" and asked.D >= KEEP_WIDTH:
         whole = asked.G * -(-asked.M // TILE)

@@ -171,3 +171,5 @@ def _backward(ctx, dloss, _):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)
+_fwd.register_loop()
+_bwd.register_loop()
