@@ -46,10 +46,10 @@ def attention_links(
     scale = _validate(op, q, k, lse, mask, scale)
     B, H, M, _ = q.shape
     check.integer(op, "n", n, 1, k.shape[2], "the rows of k")
-    weights = torch.zeros(B, H, M, n, device=q.device)
+    weights = torch.zeros(B, H, M, n, dtype=torch.float32, device=q.device)
     keys = torch.zeros(B, H, M, n, dtype=torch.int64, device=q.device)
     for b, h, rows in _blocks(q):
-        best = torch.full((rows.stop - rows.start, 0), 0.0, device=q.device)
+        best = weights.new_zeros((rows.stop - rows.start, 0))
         at = best.long()
         for cols, p in _tiles(q[b, h], k[b, h], lse[b, h], mask, b, rows, scale):
             index = torch.arange(cols.start, cols.stop, device=q.device).expand_as(p)
@@ -70,7 +70,7 @@ def attention_received(
     Memory: O(N), one tile.
     """
     scale = _validate("attention_received", q, k, lse, mask, scale)
-    mass = torch.zeros(*k.shape[:3], device=q.device)
+    mass = torch.zeros(*k.shape[:3], dtype=torch.float32, device=q.device)
     for b, h, rows in _blocks(q):
         for cols, p in _tiles(q[b, h], k[b, h], lse[b, h], mask, b, rows, scale):
             mass[b, h, cols] += p.sum(0)
@@ -86,7 +86,7 @@ def attention_entropy(
     Memory: O(M), one tile.
     """
     scale = _validate("attention_entropy", q, k, lse, mask, scale)
-    entropy = torch.zeros(*q.shape[:3], device=q.device)
+    entropy = torch.zeros(*q.shape[:3], dtype=torch.float32, device=q.device)
     for b, h, rows in _blocks(q):
         for _, p in _tiles(q[b, h], k[b, h], lse[b, h], mask, b, rows, scale):
             entropy[b, h, rows] -= torch.special.xlogy(p, p).sum(1)

@@ -55,6 +55,7 @@ def relevant_ranks(
     if (ids_x is None) != (ids_y is None):
         raise check.bad(op, "ids_y" if ids_y is None else "ids_x", "both ids or none", None)
     if ids_x is None:
+        _within(op, "positives", positives, y, "y")
         ranks = retrieval_ranks(x, y, positives, normalize=normalize, backend=backend)
         return torch.arange(len(ranks), device=ranks.device), ranks
     if positives is not None:
@@ -100,7 +101,7 @@ def mean_average_precision(rows: Tensor, ranks: Tensor) -> Tensor:
     _, count = _per_query(rows, torch.ones_like(ranks, dtype=torch.float32))
     start = (count.cumsum(0) - count).long().repeat_interleave(count.long())
     above = torch.arange(1, len(ranks) + 1, device=ranks.device) - start
-    average, count = _per_query(rows, above / (ranks + 1))
+    average, count = _per_query(rows, above.float() / (ranks + 1))
     return (average / count).mean()
 
 
@@ -112,7 +113,7 @@ def median_rank(rows: Tensor, ranks: Tensor) -> Tensor:
     ordered = best.sort().values.float() + 1.0
     n = len(ordered)
     if n == 0:
-        return torch.tensor(float("nan"), device=ranks.device)
+        return torch.tensor(float("nan"), dtype=torch.float32, device=ranks.device)
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
@@ -167,8 +168,19 @@ def zero_shot_accuracy(
         k: at least 1.
         normalize, backend: as in retrieval_ranks.
     """
+    _within("zero_shot_accuracy", "labels", labels, classes, "classes")
     ranks = retrieval_ranks(x, classes, labels, normalize=normalize, backend=backend)
     return (ranks < _positive("zero_shot_accuracy", k)).float().mean()
+
+
+def _within(op: str, arg: str, index: Tensor | None, of: Tensor, name: str) -> None:
+    """Refuses an index of no row of `of`: beyond the last rank it would count among many best."""
+    if index is None or index.numel() == 0:
+        return
+    low, high = map(int, index.aminmax())
+    if low < 0 or high >= len(of):
+        got = low if low < 0 else high
+        raise check.bad(op, arg, f"indices in [0, {len(of)}), the rows of {name}", got)
 
 
 def _positive(op: str, k: int) -> int:
@@ -182,5 +194,5 @@ def _positive(op: str, k: int) -> int:
 def _per_query(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and count of values [P] by query, over the queries that occur, ascending."""
     queries, at, count = rows.unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(queries), device=values.device).scatter_add(0, at, values)
+    sums = values.new_zeros(len(queries)).scatter_add(0, at, values)
     return sums, count.float()

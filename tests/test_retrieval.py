@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fusedmm
+from fusedmm import attention_maps, metrics
 from fusedmm.backends.tiled import tiles
 
 # Not the `backend` of conftest.py: tiles need no extension.
@@ -72,6 +73,33 @@ def test_ranks_of_equal_columns_are_equal(path):
     y = torch.randn(1, 33, generator=torch.Generator().manual_seed(1)).expand(150, 33)
     ranks = fusedmm.retrieval_ranks(x, y, torch.arange(70) * 2, backend=path)
     assert ranks.tolist() == [149] * 70
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_default_dtype_changes_nothing(default):
+    g = torch.Generator().manual_seed(0)
+    x, y, lse = torch.randn(50, 64, generator=g), torch.randn(50, 64, generator=g), torch.zeros(50)
+
+    def everything():
+        q, k, of = x[None, None], y[None, None], lse[None, None]
+        return [
+            *fusedmm.similarity_topk(x, y, 3),
+            fusedmm.retrieval_ranks(x, y),
+            *fusedmm.dual_softmax_match(x, y, 1.0),
+            metrics.mean_average_precision(*metrics.relevant_ranks(x, y)),
+            attention_maps.attention_received(q, k, of),
+            attention_maps.attention_entropy(q, k, of),
+            *attention_maps.attention_links(q, k, of, 2),
+        ]
+
+    want = everything()
+    torch.set_default_dtype(default)
+    try:
+        got = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("path", BACKENDS)

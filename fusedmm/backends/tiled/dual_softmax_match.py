@@ -15,8 +15,12 @@ def fwd(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """match [M] (-1 for none), confidence [M]; see the reference."""
     M, N, D = x.shape[0], y.shape[0], x.shape[1]
     tiles = Tiles(M, N, D, False, x)
-    lse_x, best_x = (torch.full((M,), NEG_INF, device=x.device) for _ in range(2))
-    lse_y, best_y = (torch.full((N,), NEG_INF, device=x.device) for _ in range(2))
+    lse_x, best_x = (
+        torch.full((M,), NEG_INF, dtype=torch.float32, device=x.device) for _ in range(2)
+    )
+    lse_y, best_y = (
+        torch.full((N,), NEG_INF, dtype=torch.float32, device=x.device) for _ in range(2)
+    )
     arg_x = torch.zeros(M, dtype=torch.int64, device=x.device)
     arg_y = torch.zeros(N, dtype=torch.int64, device=x.device)
     for rows in tiles.row_blocks():

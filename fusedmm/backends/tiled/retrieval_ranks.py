@@ -26,7 +26,7 @@ def _count(tiles: Tiles, y: Tensor, positives: Tensor) -> Tensor:
     """Ranks of the loaded rows; N where the positive is no column."""
     N = y.shape[0]
     known = (positives >= 0) & (positives < N)
-    s_pos = torch.zeros(positives.shape, device=y.device)
+    s_pos = torch.zeros(positives.shape, dtype=torch.float32, device=y.device)
     for cols in tiles.col_blocks():
         here = (positives >= cols.start) & (positives < cols.stop)
         if here.any():

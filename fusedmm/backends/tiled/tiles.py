@@ -29,9 +29,10 @@ class Tiles:
     def __init__(self, M: int, N: int, D: int, normalize: bool, like: Tensor) -> None:
         self.M, self.N, self.normalize = M, N, normalize
         rows, cols = _padded(M, ROWS), _padded(N, COLS)
-        self._x = torch.zeros(rows, D, device=like.device)
-        self._y = torch.zeros(cols, D, device=like.device)
-        self._s = torch.zeros(rows, cols, device=like.device)
+        fp32 = dict(dtype=torch.float32, device=like.device)
+        self._x = torch.zeros(rows, D, **fp32)
+        self._y = torch.zeros(cols, D, **fp32)
+        self._s = torch.zeros(rows, cols, **fp32)
         self._rows = 0
 
     def row_blocks(self) -> Iterator[slice]:
