@@ -109,6 +109,21 @@ def test_multimodal_attention(masked: bool) -> None:
     nn_parity.assert_parity(ours, theirs, {"image": image, "text": text, **masks})
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32], ids=str)
+def test_masks_of_other_types_are_refused(dtype: torch.dtype) -> None:
+    """A tokenizer's 1 and 0 would be added to the scores, or is a raw error of torch."""
+    mask, (image, text) = keep(N).to(dtype), streams()
+    calls = [
+        lambda: MultimodalAttention(DIM)(image, text, mask),
+        lambda: AdditiveAttention(DIM, DIM, 8)(image, text, text, mask),
+    ]
+    if dtype != torch.float32:  # which BERT's code adds
+        calls.append(lambda: BertBiAttention(DIM, DIM, DIM, 4)(image, None, text, mask))
+    for call in calls:
+        with pytest.raises(ValueError, match="mask: expected bool, True = keep.* got dtype"):
+            call()
+
+
 @pytest.mark.parametrize("form", ["none", "bool", "additive"])
 def test_bert_bi_attention(form: str) -> None:
     ours, theirs = (c(48, DIM, 64, 4) for c in (BertBiAttention, EagerBertBiAttention))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.co_attention import co_attention
-from .masks import masked_softmax
+from .masks import keep, masked_softmax
 from .project import project
 
 
@@ -24,8 +24,8 @@ class CoAttention(nn.Module):
         dim_q, dim_k, dim_v: widths of q_linear, k_linear and v_linear, each square. Every stream is
             query, key and value at once, so the three are equal.
         dropout: probability on the attention weights, in training.
-        backend: a fusedmm backend name, None for the first that accepts. Widths above 256 run on
-            "reference", which stores the scores.
+        backend: a fusedmm backend name, None for the first that accepts. On a GPU widths above 256
+            run on "reference", which stores the scores.
     Raises: ValueError, unequal widths.
     Source: ViLBERT's equation with shared weights, arXiv:1908.02265.
     """
@@ -102,9 +102,10 @@ class MultimodalAttention(nn.Module):
         """
         q, k, v = self.query(image), self.key(text), self.value(text)
         p = self.dropout if self.training else 0.0
-        keep = None if mask is None else mask[:, None, None, :]
+        mask = keep("MultimodalAttention", mask)
+        mask = None if mask is None else mask[:, None, None, :]
         return F.scaled_dot_product_attention(
-            q[:, None], k[:, None], v[:, None], attn_mask=keep, dropout_p=p
+            q[:, None], k[:, None], v[:, None], attn_mask=mask, dropout_p=p
         )[:, 0]
 
 
@@ -140,5 +141,5 @@ class AdditiveAttention(nn.Module):
         Returns: [B, M, Dv]; 0 where no key is kept.
         """
         hidden = torch.tanh(self.W_q(queries)[:, :, None] + self.W_k(keys)[:, None])
-        p = masked_softmax(self.w_v(hidden).squeeze(-1), mask)
+        p = masked_softmax(self.w_v(hidden).squeeze(-1), keep("AdditiveAttention", mask))
         return self.dropout(p) @ values

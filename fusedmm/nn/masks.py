@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .. import check
+
 
 def keep_or_bias(mask: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Splits a key mask into (keep [B, N] bool, bias [B, 1, 1, N]); one of them at most is given.
@@ -16,7 +18,17 @@ def keep_or_bias(mask: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tens
         return None, None
     if mask.dtype == torch.bool:
         return (mask if mask.dim() == 2 else mask[:, 0, 0]), None
+    if not mask.is_floating_point():
+        got = f"dtype {check.name(mask.dtype)}"
+        raise check.bad("nn", "mask", "bool, True = keep, or floating and added", got)
     return None, (mask if mask.dim() == 4 else mask[:, None, None, :]).to(like.dtype)
+
+
+def keep(op: str, mask: Tensor | None) -> Tensor | None:
+    """The mask, if it is bool."""
+    if mask is not None and mask.dtype != torch.bool:
+        raise check.bad(op, "mask", "bool, True = keep", f"dtype {check.name(mask.dtype)}")
+    return mask
 
 
 def probabilities(
