@@ -82,14 +82,17 @@ def load_block(ptr, stride_m, stride_d, offs_m, offs_d, M, D):
 @triton.jit
 def _products(
     a_ptr, b_ptr, a_m, a_k, b_k, b_n, offs_m, offs_n, M, N, K, start, end, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Products start to end of matmul_tile, in one sum."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(start, end, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         a = load_block(a_ptr, a_m, a_k, offs_m, offs_k, M, K)
-        b = load_block(b_ptr, b_k, b_n, offs_k, offs_n, K, N)
+        if ROWS:
+            b = tl.trans(load_block(b_ptr, b_n, b_k, offs_n, offs_k, N, K))
+        else:
+            b = load_block(b_ptr, b_k, b_n, offs_k, offs_n, K, N)
         acc += dot_tile(a, b)
     return acc
 
@@ -97,21 +100,22 @@ def _products(
 @triton.jit
 def matmul_tile(
     a_ptr, b_ptr, a_m, a_k, b_k, b_n, offs_m, offs_n, M, N, K, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """a [M, K] @ b [K, N] in fp32, [BLOCK_M, BLOCK_N]; 0 outside [M, N]. fp32 factors: sums of 128
-    products, added, for roundings grow with their number."""
+    """a [M, K] @ b [K, N] in fp32, [BLOCK_M, BLOCK_N]; 0 outside [M, N]. ROWS: b's columns are rows
+    in memory. fp32 factors: sums of 128 products, added, for roundings grow with their number."""
     if b_ptr.dtype.element_ty == tl.float32:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, 128):
             acc += _products(
                 a_ptr, b_ptr, a_m, a_k, b_k, b_n, offs_m, offs_n, M, N, K,
-                k0, tl.minimum(k0 + 128, K), BLOCK_M, BLOCK_N, BLOCK_K,
+                k0, tl.minimum(k0 + 128, K), BLOCK_M, BLOCK_N, BLOCK_K, ROWS,
             )  # fmt: skip
         return acc
     return _products(
-        a_ptr, b_ptr, a_m, a_k, b_k, b_n, offs_m, offs_n, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K
-    )
+        a_ptr, b_ptr, a_m, a_k, b_k, b_n, offs_m, offs_n, M, N, K, 0, K,
+        BLOCK_M, BLOCK_N, BLOCK_K, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -123,7 +127,7 @@ def dots_tile(
     x_ptr = x.ptr + g.to(tl.int64) * x.g
     y_ptr = y.ptr + g.to(tl.int64) * y.g
     return matmul_tile(
-        x_ptr, y_ptr, x.m, x.d, y.d, y.m, offs_m, offs_n, M, N, D, BLOCK_M, BLOCK_N, BLOCK_D
+        x_ptr, y_ptr, x.m, x.d, y.d, y.m, offs_m, offs_n, M, N, D, BLOCK_M, BLOCK_N, BLOCK_D, True
     )
 
 
@@ -159,7 +163,7 @@ def product_kernel(
     b_ptr = b.ptr + g.to(tl.int64) * b.g
     acc = matmul_tile(
         a_ptr, b_ptr, a.m, a.d, b.m, b.d, offs_m, offs_n, rows, width, inner,
-        BLOCK_M, BLOCK_N, BLOCK_D,
+        BLOCK_M, BLOCK_N, BLOCK_D, False,
     )  # fmt: skip
     acc *= tl.load(peak)
     ptrs = out.ptr + g.to(tl.int64) * out.g + offs_m[:, None].to(tl.int64) * out.m
