@@ -293,8 +293,8 @@ class _Refused(torch.autograd.Function):
 
 
 def _first_order(backward: Callable) -> Callable:
-    """A backward that nobody can differentiate: not by the gradients that come, which
-    once_differentiable sees to, nor by the inputs that it saved."""
+    """A backward that nobody can differentiate: not by the gradients that come, which is all that
+    once_differentiable refuses, nor by the inputs that it saved."""
 
     @functools.wraps(backward)
     def refusing(ctx, *grads):

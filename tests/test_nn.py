@@ -120,7 +120,9 @@ def test_masks_of_other_types_are_refused(dtype: torch.dtype) -> None:
     if dtype != torch.float32:  # which BERT's code adds
         calls.append(lambda: BertBiAttention(DIM, DIM, DIM, 4)(image, None, text, mask))
     for call in calls:
-        with pytest.raises(ValueError, match="mask: expected bool, True = keep.* got dtype"):
+        with pytest.raises(
+            ValueError, match="Attention: mask: expected bool, True = keep.* got dtype"
+        ):
             call()
 
 

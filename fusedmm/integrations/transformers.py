@@ -64,7 +64,7 @@ class LightGlueCrossAttention(modeling_lightglue.LightGlueAttention):
             t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [2 B, H, n, D]
             for t in project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         ]
-        keep, bias = keep_or_bias(encoder_attention_mask, qkv[0])
+        keep, bias = keep_or_bias(type(self).__name__, encoder_attention_mask, qkv[0])
         first, second = ([t[side::2] for t in qkv] for side in (0, 1))
         o = co_attention(
             *first, *second,

@@ -117,8 +117,8 @@ class BertBiAttention(nn.Module):
             o1 = standard_attention(q1, k2, v2, keep=mask2)
             o2 = standard_attention(q2, k1, v1, keep=mask1)
         else:
-            keep1, bias1 = keep_or_bias(mask1, q1)
-            keep2, bias2 = keep_or_bias(mask2, q1)
+            keep1, bias1 = keep_or_bias(type(self).__name__, mask1, q1)
+            keep2, bias2 = keep_or_bias(type(self).__name__, mask2, q1)
             o1, o2 = co_attention(
                 q1, k1, v1, q2, k2, v2,
                 mask_x=keep1, mask_y=keep2, bias_xy=bias2, bias_yx=bias1,
@@ -136,8 +136,8 @@ class BertBiAttention(nn.Module):
         )
 
         return (
-            probabilities(q2, k1, *keep_or_bias(mask1, q2)),
-            probabilities(q1, k2, *keep_or_bias(mask2, q1)),
+            probabilities(q2, k1, *keep_or_bias(type(self).__name__, mask1, q2)),
+            probabilities(q1, k2, *keep_or_bias(type(self).__name__, mask2, q1)),
         )
 
 

@@ -99,7 +99,7 @@ class LxmertCrossAttention(nn.Module):
         att = self.att
         (q,) = map(self._heads, project(input_tensor, att.query))
         k, v = map(self._heads, project(ctx_tensor, att.key, att.value))
-        keep, bias = keep_or_bias(ctx_att_mask, q)
+        keep, bias = keep_or_bias(type(self).__name__, ctx_att_mask, q)
         p = att.dropout.p if self.training else 0.0
         mask = bias if keep is None else keep[:, None, None, :]
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
@@ -117,8 +117,8 @@ class LxmertCrossAttention(nn.Module):
         """Both directions: forward(x, y, mask_y, output_attentions), forward(y, x, mask_x)."""
         layers = (self.att.query, self.att.key, self.att.value)
         qkv = [self._heads(p) for t in (x, y) for p in project(t, *layers)]
-        keep_x, bias_yx = keep_or_bias(mask_x, qkv[0])
-        keep_y, bias_xy = keep_or_bias(mask_y, qkv[0])
+        keep_x, bias_yx = keep_or_bias(type(self).__name__, mask_x, qkv[0])
+        keep_y, bias_xy = keep_or_bias(type(self).__name__, mask_y, qkv[0])
         o_x, o_y = co_attention(
             *qkv, mask_x=keep_x, mask_y=keep_y, bias_xy=bias_xy, bias_yx=bias_yx,
             dropout_p=self.att.dropout.p if self.training else 0.0, backend=self.backend,

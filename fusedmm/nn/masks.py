@@ -6,10 +6,11 @@ from torch import Tensor
 from .. import check
 
 
-def keep_or_bias(mask: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def keep_or_bias(op: str, mask: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Splits a key mask into (keep [B, N] bool, bias [B, 1, 1, N]); one of them at most is given.
 
     Args:
+        op: whose error it is if the mask is neither.
         mask: bool, True = keep, [B, N] or [B, 1, 1, N]; or floating and added to the scores (0 and
             -10000 in BERT's code), [B, 1, 1, N] or broadcastable to the scores.
         like: a tensor of the queries' dtype, which the bias takes too.
@@ -20,7 +21,7 @@ def keep_or_bias(mask: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tens
         return (mask if mask.dim() == 2 else mask[:, 0, 0]), None
     if not mask.is_floating_point():
         got = f"dtype {check.name(mask.dtype)}"
-        raise check.bad("nn", "mask", "bool, True = keep, or floating and added", got)
+        raise check.bad(op, "mask", "bool, True = keep, or floating and added", got)
     return None, (mask if mask.dim() == 4 else mask[:, None, None, :]).to(like.dtype)
 
 
